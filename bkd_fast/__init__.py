@@ -1,0 +1,31 @@
+"""A fast Bayesian knowledge distillation sampler engine for PyTorch.
+
+KDLoss is the energy (minus the log posterior per example), SGLD and its kin are samplers in the place of an optimizer,
+PosteriorPredictive streams what the draws predict, and `sample` is the loop that joins them.
+"""
+
+from bkd_fast import noise, ops
+from bkd_fast.distill import KDLoss
+from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteError
+from bkd_fast.posterior import Draws, PosteriorPredictive
+from bkd_fast.samplers import SGLD
+from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGLD",
+    "BKDFastWarning",
+    "BackendUnavailableError",
+    "Callback",
+    "Draw",
+    "Draws",
+    "Health",
+    "KDLoss",
+    "NonFiniteError",
+    "PosteriorPredictive",
+    "StepRecord",
+    "noise",
+    "ops",
+    "sample",
+]

@@ -1,0 +1,136 @@
+"""The command line: `bkd-fast run`, `bkd-fast demo` and `bkd-fast doctor`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import bkd_fast
+from bkd_fast.app.config import Config, ConfigError
+from bkd_fast.app.data import DataUnavailableError
+
+if TYPE_CHECKING:
+    from bkd_fast.app.results import Results
+
+app = typer.Typer(
+    name="bkd-fast",
+    help="Bayesian knowledge distillation: from a teacher to the posterior of its student, and a report on it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sampling.num_draws=10; may be repeated."),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bkd_fast {bkd_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Bayesian knowledge distillation: from a teacher to the posterior of its student, and a report on it."""
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="A YAML file; examples/ has some.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Run a configuration: teacher, distilled student, posterior, report."""
+    _run_and_summarise(lambda: Config.load(config, overrides or []))
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Run the demo: scikit-learn's digits, from teacher to report, in about a minute."""
+    _run_and_summarise(lambda: Config.build({}, overrides or [], source="demo"))
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends and instruction sets work here, and why the others do not
+
+    Exit code 1: one of them gives wrong results.
+    ."""
+    from bkd_fast.app import doctor as diagnosis
+
+    console = Console()
+    about = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in diagnosis.versions().items():
+        about.add_row(name, value)
+    console.print(about)
+    table = Table("backend", "devices", "state", "why", title_justify="left")
+    findings = diagnosis.examine()
+    for finding in findings:
+        table.add_row(finding.name, finding.devices, finding.state, finding.reason)
+    console.print(table)
+    if any(finding.state == diagnosis.WRONG for finding in findings):
+        raise typer.Exit(1)
+
+
+def _run_and_summarise(load: Callable[[], Config]) -> None:
+    """Load the configuration, run it and print the table; what a user can mend ends with exit code 2."""
+    console = Console()
+    try:
+        config = load()
+        # heavy imports: only once there is something to run
+        from bkd_fast.app.run import Outputs, run
+
+        results = run(config, console)
+    except (ConfigError, DataUnavailableError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except bkd_fast.NonFiniteError as error:
+        typer.echo(
+            f"Error: {error}\nThe training or the chain diverged: lower sampling.lr or the lr of the model.", err=True
+        )
+        raise typer.Exit(1) from error
+    _summarise(results, console)
+    outputs = Outputs(config.output)
+    for path in (outputs.report, outputs.metrics, outputs.figures, outputs.draws, outputs.log):
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def _summarise(results: "Results", console: Console) -> None:
+    table = Table(title=results.config.title, title_justify="left", title_style="bold")
+    for heading in ("model", "parameters", "accuracy", "NLL", "Brier", "ECE", "AURC"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for prediction in results.predictions:
+        score = results.scores[prediction.key]
+        table.add_row(
+            prediction.name,
+            f"{prediction.parameters:,}",
+            f"{100 * score.accuracy:.2f} %",
+            f"{score.nll:.4f}",
+            f"{score.brier:.4f}",
+            f"{100 * score.ece:.2f} %",
+            f"{100 * score.aurc:.3f} %",
+        )
+    console.print(table)
+    level = results.config.posterior.level
+    noise = max(results.trace.noise_share, default=float("nan"))
+    drift = max(results.trace.stationarity, key=abs, default=float("nan"))
+    console.print(
+        f"{100 * level:g} % deviance intervals cover {100 * results.covered.plug_in:.1f} % of the labels. "
+        f"Noise share {noise:.4f}, stationarity {drift:+.3f}. "
+        f"{results.throughput['steps_per_second']:,.0f} steps/s; {results.timings.total:.0f} s in all.",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """Entry point of the `bkd-fast` command."""
+    app()

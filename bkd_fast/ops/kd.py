@@ -1,0 +1,430 @@
+"""Operation B, the KD energy: minus the log posterior of each row of logits, with its gradient, in one pass.
+
+With student logits z, teacher distribution p, temperature T, q = softmax(z), q_T = softmax(z / T) and p_T ~ p^(1/T)::
+
+    energy = label_weight CE(y', q) + prior energy(q_T, p_T)        y' = (1 - s) y + s / (unmasked classes)
+
+for the priors of `PRIORS` (docs/methods.md; csrc/kd.h holds the derivations). The gradient is computed with the energy
+and kept for the backward pass, which only multiplies it by the incoming gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkd_fast.errors import NonFiniteError
+from bkd_fast.ops.registry import find
+
+PRIORS = ("dirichlet", "continuous_categorical", "reverse_kl", "mixture")
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a backend is given: checked, contiguous tensors and the settings.
+
+    A backend returns `(energy, gradient, bad_row, fault)`: the energies (chains, rows), or their sum where `summed`,
+    in `accumulator`; `scale` times their gradient, like `logits`; and the first unusable row, counted through the
+    chains, with the name of its fault (`FAULTS`), or -1 and "".
+    """
+
+    logits: Tensor  # (chains, rows, classes)
+    labels: Tensor | None  # (rows,) int64
+    soft: Tensor | None  # (rows, classes)
+    teacher: Tensor | None  # (teachers, rows, classes); None: no prior
+    weights: Tensor | None  # (teachers,) or (rows, teachers) float64; None: the entropy weights
+    prior: str
+    teacher_is_probs: bool
+    prior_strength: float
+    temperature: float
+    label_weight: float
+    label_smoothing: float
+    ignore_index: int
+    scale: float
+    summed: bool
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return accumulator_of(self.logits.dtype)
+
+    @property
+    def tolerance_teacher(self) -> float:
+        return sum_tolerance(self.teacher)
+
+    @property
+    def tolerance_target(self) -> float:
+        return sum_tolerance(self.soft)
+
+
+def accumulator_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the energies of logits of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_tolerance(probabilities: Tensor | None) -> float:
+    """How far from 1 a row of probabilities may sum: a few roundings of its dtype, and printed decimals."""
+    half = probabilities is not None and probabilities.dtype in (torch.bfloat16, torch.float16)
+    return 1e-2 if half else 1e-3
+
+
+# Each fault of csrc/kd.h: the error's type, the argument to blame, and what is allowed.
+FAULTS: dict[str, tuple[type[Exception], str, str]] = {
+    "logits_not_finite": (NonFiniteError, "logits", "must be finite, or -inf where a class is masked"),
+    "logits_all_masked": (NonFiniteError, "logits", "must have at least one class that is not masked by -inf"),
+    "teacher_not_finite": (NonFiniteError, "teacher", "must be finite, or -inf where a class is masked"),
+    "teacher_all_masked": (NonFiniteError, "teacher", "must have at least one class that is not masked by -inf"),
+    "teacher_not_probabilities": (ValueError, "teacher", "must be probabilities: not negative, with sum 1"),
+    "teacher_on_masked_class": (ValueError, "teacher", "must give no probability to a class whose logit is -inf"),
+    "teacher_excludes_class": (
+        ValueError,
+        "teacher",
+        "must give every class that logits do not mask some probability: this prior takes its logarithm",
+    ),
+    "weights_not_probabilities": (ValueError, "mixture_weights", "must be probabilities: not negative, with sum 1"),
+    "target_out_of_range": (ValueError, "target", "must be a class"),
+    "target_not_probabilities": (ValueError, "target", "must be probabilities: not negative, with sum 1"),
+    "target_on_masked_class": (ValueError, "target", "must not be on a class whose logit is -inf"),
+}
+
+
+def _raise_fault(p: Problem, bad_row: int, fault: str, leading: torch.Size) -> None:
+    """Raise the error of `fault`, naming the argument, the row and its value."""
+    error, argument, allowed = FAULTS[fault]
+    rows = p.logits.shape[1]
+    chain, row = divmod(bad_row, rows)
+    where, value = f"{argument}[{row}]", None
+    if argument == "logits":
+        index: list[int] = []
+        for size in reversed(leading):
+            chain, i = divmod(chain, size)
+            index.insert(0, i)
+        where, value = f"logits{[*index, row]}", p.logits.reshape(*leading, *p.logits.shape[1:])[(*index, row)]
+    elif argument == "teacher" and p.teacher is not None:
+        name = "teacher_probs" if p.teacher_is_probs else "teacher_logits"
+        one = p.teacher.shape[0] == 1
+        where, value = (f"{name}[{row}]", p.teacher[0, row]) if one else (f"{name}[:, {row}]", p.teacher[:, row])
+    elif argument == "mixture_weights" and p.weights is not None:
+        where, value = (
+            ("mixture_weights", p.weights) if p.weights.dim() == 1 else (f"mixture_weights[{row}]", p.weights[row])
+        )
+    elif p.labels is not None:
+        value = p.labels[row]
+        if fault == "target_out_of_range":
+            allowed = f"must be a class in [0, {p.logits.shape[2]}) or ignore_index = {p.ignore_index}"
+    elif p.soft is not None:
+        value = p.soft[row]
+    raise error(f"{where} = {_shown(value)}: {allowed}")
+
+
+def _shown(value: Tensor | None) -> str:
+    """A row's values, shortened in the middle."""
+    if value is None or value.dim() == 0:
+        return str(None if value is None else value.item())
+    if value.dim() > 1:
+        return "[" + ", ".join(_shown(row) for row in value) + "]"
+    numbers = [f"{x:.6g}" for x in value.tolist()]
+    return "[" + ", ".join(numbers if len(numbers) <= 12 else [*numbers[:6], "...", *numbers[-5:]]) + "]"
+
+
+def _folds_scale(dtype: torch.dtype) -> bool:
+    """Whether the gradient is stored with the mean's 1 / rows in it: in float16 that could underflow."""
+    return dtype != torch.float16
+
+
+_LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
+_LIBRARY.define(
+    "kd_energy(Tensor logits, Tensor? target, Tensor? teacher, Tensor? mixture_weights, str prior, "
+    "bool teacher_is_probs, float prior_strength, float temperature, float label_weight, float label_smoothing, "
+    "int ignore_index, "
+    "str reduction) -> (Tensor energy, Tensor gradient)"
+)
+
+
+@torch.library.impl(_LIBRARY, "kd_energy", "CPU")
+def _energy_cpu(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    mixture_weights: Tensor | None,
+    prior: str,
+    teacher_is_probs: bool,
+    prior_strength: float,
+    temperature: float,
+    label_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    leading, (rows, classes) = logits.shape[:-2], logits.shape[-2:]
+    count = logits.numel() // classes
+    inverse = 1.0 / count if reduction == "mean" else 1.0
+    hard = target is not None and not target.is_floating_point()
+    if prior_strength == 0:
+        teacher, mixture_weights = None, None
+    problem = Problem(
+        logits=logits.reshape(-1, rows, classes).contiguous(),
+        labels=target.contiguous() if target is not None and hard else None,
+        soft=target.contiguous() if target is not None and not hard else None,
+        teacher=teacher.reshape(-1, rows, classes).contiguous() if teacher is not None else None,
+        weights=mixture_weights.to(torch.float64).contiguous() if mixture_weights is not None else None,
+        prior=prior if teacher is not None else "none",
+        teacher_is_probs=teacher_is_probs,
+        prior_strength=prior_strength,
+        temperature=temperature,
+        label_weight=label_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        scale=inverse if _folds_scale(logits.dtype) else 1.0,
+        summed=reduction != "none",
+    )
+    energy, gradient, bad_row, fault = find("kd_energy", logits.device)(problem)
+    if bad_row >= 0:
+        _raise_fault(problem, bad_row, fault, leading)
+    if reduction == "none":
+        return energy.reshape(logits.shape[:-1]), gradient.reshape(logits.shape)
+    return torch.tensor(energy * inverse, dtype=problem.accumulator), gradient.reshape(logits.shape)
+
+
+@torch.library.register_fake("bkd_fast::kd_energy", lib=_LIBRARY)
+def _energy_fake(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    shape = logits.shape[:-1] if settings[-1] == "none" else ()
+    energy = logits.new_empty(shape, dtype=accumulator_of(logits.dtype))
+    return energy, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, reduction = inputs[0], inputs[-1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.inputs = len(inputs)
+    # what the saved gradient lacks of the loss's
+    ctx.rest = logits.numel() // logits.shape[-1] if reduction == "mean" and not _folds_scale(logits.dtype) else 1
+
+
+def _backward(ctx: Any, grad_energy: Tensor | None, grad_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_gradient is not None:
+        raise RuntimeError(
+            "KDLoss cannot be differentiated twice: its backward pass multiplies a gradient that the forward pass "
+            "computed (use plain torch operations where a Hessian is needed)"
+        )
+    nothing = (None,) * (ctx.inputs - 1)
+    if grad_energy is None:
+        return None, *nothing
+    (gradient,) = ctx.saved_tensors
+    if grad_energy.dim() == 0:
+        if ctx.rest == 1 and _may_hand_over(grad_energy):
+            return gradient, *nothing
+        return gradient * (grad_energy / ctx.rest), *nothing
+    return gradient * grad_energy.unsqueeze(-1).to(gradient.dtype), *nothing
+
+
+def _may_hand_over(grad_energy: Tensor) -> bool:
+    """Whether the saved gradient is the answer itself, untouched: the incoming one is a plain number on the CPU, is 1,
+    and this is the graph's last use, so that nobody sees the buffer again."""
+    return (
+        type(grad_energy) is Tensor
+        and grad_energy.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(grad_energy)
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and grad_energy.item() == 1.0
+    )
+
+
+def _setup_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # compiled graphs refuse a second derivative themselves, and ask for the derivative of every differentiable output
+    ctx.mark_non_differentiable(output[1])
+    _setup_context(ctx, inputs, output)
+
+
+torch.library.register_autograd("bkd_fast::kd_energy", _backward, setup_context=_setup_operation, lib=_LIBRARY)
+
+
+def _vmap(
+    energy_of: Callable[..., tuple[Tensor, Tensor]], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """A mapped dimension of logits alone is one of chains; one that teachers or targets share joins the rows."""
+    logits, target, teacher, weights, *settings = arguments
+    tensors = [
+        tensor.movedim(dim, 0) if dim is not None else tensor
+        for tensor, dim in zip((logits, target, teacher, weights), in_dims[:4], strict=True)
+    ]
+    size, mapped = info.batch_size, [dim is not None for dim in in_dims[:4]]
+    logits = tensors[0] if mapped[0] else tensors[0].expand(size, *tensors[0].shape)
+    rows, classes, reduction = logits.shape[-2], logits.shape[-1], settings[-1]
+    settings[-1] = "none"
+    if not any(mapped[1:]):
+        energy, gradient = energy_of(logits, *tensors[1:], *settings)
+    else:
+        # per-row tensors get a dimension of `size` beside the rows, then both become one
+        target, teacher, weights = (
+            None if tensor is None else tensor if mapped[i + 1] else tensor.expand(size, *tensor.shape)
+            for i, tensor in enumerate(tensors[1:])
+        )
+        if target is not None:
+            target = target.reshape(size * rows, *target.shape[2:])
+        if teacher is not None:
+            teacher = teacher.movedim(0, -3).reshape(*teacher.shape[1:-2], size * rows, classes)
+        if weights is not None:
+            weights = weights if weights.dim() == 3 else weights.unsqueeze(1).expand(size, rows, weights.shape[-1])
+            weights = weights.reshape(size * rows, -1)
+        merged = logits.movedim(0, -3)
+        flat = merged.reshape(*merged.shape[:-3], size * rows, classes)
+        energy, gradient = energy_of(flat, target, teacher, weights, *settings)
+        energy = energy.reshape(merged.shape[:-1]).movedim(-2, 0)
+        gradient = gradient.reshape(merged.shape).movedim(-3, 0)
+    if reduction != "none":
+        energy = energy.reshape(size, -1).sum(-1)
+    if reduction == "mean":
+        count = logits[0].numel() // classes
+        energy = energy / count
+        gradient = gradient / count if _folds_scale(logits.dtype) else gradient
+    return (energy, gradient), (0, 0)
+
+
+@torch.library.register_vmap("bkd_fast::kd_energy", lib=_LIBRARY)
+def _vmap_of_operation(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    return _vmap(torch.ops.bkd_fast.kd_energy, info, in_dims, *arguments)
+
+
+class _Energy(torch.autograd.Function):
+    """The operation for eager mode: a library's operation has its autograd too, at several times the overhead."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        energy, gradient = torch.ops.bkd_fast.kd_energy(*arguments)
+        _setup_context(ctx, arguments, (energy, gradient))
+        return energy, gradient
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+class _TransformedEnergy(torch.autograd.Function):
+    """The operation for torch.func, which differentiates no operation of a library and asks for a separate context."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        energy, gradient = torch.ops.bkd_fast.kd_energy(*arguments)
+        return energy, gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return _vmap(_TransformedEnergy.apply, info, in_dims, *arguments)
+
+
+def kd_energy(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    *,
+    mixture_weights: Tensor | None = None,
+    prior: str = "dirichlet",
+    teacher_is_probs: bool = False,
+    prior_strength: float,
+    temperature: float = 1.0,
+    label_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The KD energy of a batch of logits; `bkd_fast.KDLoss` is its public face and documents the arguments.
+
+    Args:
+        logits: (..., rows, classes), float32, float64, bfloat16 or float16.
+        target: (rows,) int64, (rows, classes) floating, or None.
+        teacher: (rows, classes), or (teachers, rows, classes) for the mixture; logits, or probabilities where
+            `teacher_is_probs`. Not read where `prior_strength` is 0.
+        mixture_weights: (teachers,) or (rows, teachers); None: the entropy weights.
+
+    Returns:
+        Energies (..., rows) for `reduction="none"`, else a scalar; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: shapes or class counts that disagree, or targets, teachers or weights out of range.
+        NonFiniteError: logits of a row that are NaN, +inf, or -inf throughout.
+    """
+    _check(logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength)
+    energy: Tensor
+    energy_of: Callable[..., Any]
+    if torch.compiler.is_compiling():
+        energy_of = torch.ops.bkd_fast.kd_energy
+    else:
+        energy_of = _TransformedEnergy.apply if torch._C._are_functorch_transforms_active() else _Energy.apply
+    energy, _ = energy_of(
+        logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength, temperature, label_weight,
+        label_smoothing, ignore_index, reduction,
+    )  # fmt: skip
+    return energy
+
+
+def _check(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    weights: Tensor | None,
+    prior: str,
+    teacher_is_probs: bool,
+    prior_strength: float,
+) -> None:
+    """Shapes, dtypes and devices; values are checked where they are read."""
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits has dtype {logits.dtype}: must be one of {DTYPES}")
+    if logits.dim() < 2 or logits.numel() == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: must be (..., rows, classes), none of them 0")
+    rows, classes = logits.shape[-2:]
+    beside = f"for logits of shape {tuple(logits.shape)}"
+    if target is not None:
+        if target.dtype == torch.int64:
+            if target.shape != (rows,):
+                raise ValueError(f"target has shape {tuple(target.shape)}: must be ({rows},) {beside}")
+        elif target.dtype not in DTYPES:
+            raise TypeError(f"target has dtype {target.dtype}: must be int64 (classes) or floating (probabilities)")
+        elif target.shape != (rows, classes):
+            raise ValueError(f"target has shape {tuple(target.shape)}: must be ({rows}, {classes}) {beside}")
+    if teacher is None:
+        if prior_strength > 0:
+            raise ValueError(
+                f"teacher_logits = None: prior_strength = {prior_strength} needs teacher_logits or teacher_probs"
+            )
+        return
+    name = "teacher_probs" if teacher_is_probs else "teacher_logits"
+    if teacher.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {teacher.dtype}: must be one of {DTYPES}")
+    wanted = f"(teachers, {rows}, {classes})" if prior == "mixture" else f"({rows}, {classes})"
+    if (
+        teacher.dim() != (3 if prior == "mixture" else 2)
+        or teacher.shape[-2:] != (rows, classes)
+        or not teacher.shape[0]
+    ):
+        raise ValueError(f"{name} has shape {tuple(teacher.shape)}: must be {wanted} {beside}")
+    if weights is not None:
+        if weights.dtype not in DTYPES:
+            raise TypeError(f"mixture_weights has dtype {weights.dtype}: must be one of {DTYPES}")
+        teachers = teacher.shape[0]
+        if weights.shape not in ((teachers,), (rows, teachers)):
+            raise ValueError(
+                f"mixture_weights has shape {tuple(weights.shape)}: must be ({teachers},) or ({rows}, {teachers}) "
+                f"for {name} of shape {tuple(teacher.shape)}"
+            )
+    for argument, tensor in (("target", target), (name, teacher), ("mixture_weights", weights)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{argument} is on {tensor.device}: must be on {logits.device}, as logits")

@@ -1,0 +1,182 @@
+"""Operation A, the Langevin step: every tensor of one dtype and one group, in place, in one call.
+
+    theta <- theta - lr (gradient + decay (theta - center)) + sigma xi
+
+with xi the noise of csrc/noise.h; optionally the running mean and squared deviation of theta in the same pass.
+The arithmetic, in this order, is the contract (csrc/langevin.h): one fp32 step is bit-equal on every backend.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bkd_fast.ops.noise import LIMITS, signed
+from bkd_fast.ops.registry import find
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
+_LIBRARY.define(
+    "langevin_step_(Tensor(a!)[] theta, Tensor[] gradient, Tensor[] center, Tensor(b!)[] mean, Tensor(c!)[] m2, "
+    "Tensor(d!)? nonfinite, float lr, float decay, float sigma, int seed, int chain, int step, int[] parameters, "
+    "int[] first_elements, int draws) -> ()"
+)
+_LIBRARY.define("find_nonfinite(Tensor[] tensors) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "langevin_step_", "CPU")
+def _step_cpu(
+    theta: list[Tensor],
+    gradient: list[Tensor],
+    center: list[Tensor],
+    mean: list[Tensor],
+    m2: list[Tensor],
+    nonfinite: Tensor | None,
+    lr: float,
+    decay: float,
+    sigma: float,
+    seed: int,
+    chain: int,
+    step: int,
+    parameters: list[int],
+    first_elements: list[int],
+    draws: int,
+) -> None:
+    find("langevin_step_", theta[0].device)(
+        theta, gradient, center, mean, m2, nonfinite, lr, decay, sigma, seed % 2**64, chain, step, parameters,
+        first_elements, draws,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("bkd_fast::langevin_step_", lib=_LIBRARY)
+def _step_fake(
+    theta: list[Tensor],
+    gradient: list[Tensor],
+    center: list[Tensor],
+    mean: list[Tensor],
+    m2: list[Tensor],
+    nonfinite: Tensor | None,
+    lr: float,
+    decay: float,
+    sigma: float,
+    seed: int,
+    chain: int,
+    step: int,
+    parameters: list[int],
+    first_elements: list[int],
+    draws: int,
+) -> None:
+    return None
+
+
+@torch.library.impl(_LIBRARY, "find_nonfinite", "CPU")
+def _find_nonfinite_cpu(tensors: list[Tensor]) -> Tensor:
+    found: Tensor = find("find_nonfinite", tensors[0].device)(tensors)
+    return found
+
+
+@torch.library.register_fake("bkd_fast::find_nonfinite", lib=_LIBRARY)
+def _find_nonfinite_fake(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors), dtype=torch.bool)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, each once, in any order of dimensions."""
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def langevin_step_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    lr: float,
+    decay: float,
+    sigma: float,
+    seed: int,
+    chain: int,
+    step: int,
+    parameters: Sequence[int],
+    first_elements: Sequence[int],
+    center: Sequence[Tensor] = (),
+    mean: Sequence[Tensor] = (),
+    m2: Sequence[Tensor] = (),
+    draws: int = 0,
+    nonfinite: Tensor | None = None,
+) -> None:
+    """One SGLD step of tensors of one dtype and device, in place.
+
+    Args:
+        theta: parameters of any shape, dense in memory (`is_dense`); float32, float64, bfloat16 or float16.
+        gradient: gradients of the mean loss, with the shapes, strides and dtype of `theta`.
+        lr: step size on the mean loss.
+        decay: prior precision over the number of data.
+        sigma: standard deviation of the noise added.
+        seed, chain, step: coordinates of the noise, the same for all tensors.
+        parameters: number of each parameter, a coordinate of the noise.
+        first_elements: index of each tensor's first element in its whole parameter (0 unless it is a shard).
+        center: the prior's mean, like `theta`; empty for 0.
+        mean, m2: running mean and sum of squared deviations of theta, like `theta` in float32 (float64 for float64);
+            empty for none. Updated with the new theta.
+        draws: how many draws `mean` and `m2` hold after this one.
+        nonfinite: bool (len(theta),): entry i is set where gradient i holds a NaN or an infinity; such elements keep their
+            value. None: no check.
+
+    Raises:
+        TypeError: a dtype that is not supported, or that differs from theta's.
+        ValueError: lengths, shapes or strides that disagree, a tensor that is not dense, a coordinate out of range.
+    """
+    if not theta:
+        return
+    dtype, device = theta[0].dtype, theta[0].device
+    if dtype not in DTYPES:
+        raise TypeError(f"theta has dtype {dtype}: must be one of {DTYPES}")
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    _check_like("gradient", gradient, theta, dtype)
+    if center:
+        _check_like("center", center, theta, dtype)
+    if mean or m2:
+        _check_like("mean", mean, theta, accumulator)
+        _check_like("m2", m2, theta, accumulator)
+        if draws < 1:
+            raise ValueError(f"draws = {draws}: must be at least 1, the draw being added included")
+    if len(parameters) != len(theta) or len(first_elements) != len(theta):
+        raise ValueError(
+            f"parameters and first_elements have {len(parameters)} and {len(first_elements)} entries: "
+            f"must have {len(theta)}, one for each tensor of theta"
+        )
+    for i, tensor in enumerate(theta):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise TypeError(f"theta[{i}] is {tensor.dtype} on {tensor.device}: theta[0] is {dtype} on {device}")
+        if not is_dense(tensor):
+            raise ValueError(f"theta[{i}] has strides {tensor.stride()} for shape {tuple(tensor.shape)}: must be dense")
+        if first_elements[i] + tensor.numel() > LIMITS["element"]:
+            raise ValueError(f"theta[{i}] ends at element {first_elements[i] + tensor.numel()}: the limit is 2**38")
+    torch.ops.bkd_fast.langevin_step_(
+        theta, gradient, center, mean, m2, nonfinite, lr, decay, sigma, signed(seed), chain, step, parameters,
+        first_elements, draws,
+    )  # fmt: skip
+
+
+def _check_like(name: str, tensors: Sequence[Tensor], theta: Sequence[Tensor], dtype: torch.dtype) -> None:
+    if len(tensors) != len(theta):
+        raise ValueError(f"{name} has {len(tensors)} tensors: theta has {len(theta)}")
+    for i, (tensor, like) in enumerate(zip(tensors, theta, strict=True)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}: must be {dtype}")
+        if tensor.shape != like.shape or not same_order(tensor, like):
+            raise ValueError(
+                f"{name}[{i}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
+                f"must be those of theta[{i}], {tuple(like.shape)} and {like.stride()}"
+            )
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape keep their elements in the same order in memory."""
+    return (a.is_contiguous() and b.is_contiguous()) or a.stride() == b.stride()
+
+
+def find_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """For each tensor (dense, one dtype and device): whether it holds a NaN or an infinity. Returns bool (len(tensors),)."""
+    found: Tensor = torch.ops.bkd_fast.find_nonfinite(tensors)
+    return found

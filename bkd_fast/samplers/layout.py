@@ -1,0 +1,73 @@
+"""From a parameter group to what one launch takes: tensors of one dtype and device, gradients in the parameter's order.
+
+The noise of an element depends on its index in the parameter's dense storage order (logical order for contiguous tensors,
+NHWC for channels_last). A parameter that does not fill its memory densely goes through a contiguous copy, in logical order.
+Nothing here is kept between steps: frameworks replace parameters, and gradients move when they are freed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkd_fast.ops.langevin import is_dense, same_order
+
+
+@dataclass
+class Launch:
+    """Parameters of one dtype and device of one group, in one call."""
+
+    indices: list[int] = field(default_factory=list)  # positions in the group
+    theta: list[Tensor] = field(default_factory=list)
+    gradient: list[Tensor] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, the dense copy that stands for it)
+
+    def write_back(self) -> None:
+        """Bring the new values of dense copies home, and tell autograd that the parameters changed."""
+        for parameter, copy in self.copies:
+            parameter.copy_(copy)
+        torch.autograd.graph.increment_version(self.theta)
+
+
+def launches(group: dict[str, Any]) -> list[Launch]:
+    """The launches of one group's parameters that have a gradient. Call it without autograd.
+
+    Raises:
+        TypeError: a gradient is sparse, or of another dtype than its parameter.
+    """
+    by_kind: dict[tuple[torch.dtype, torch.device], Launch] = {}
+    for index, parameter in enumerate(group["params"]):
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.layout != torch.strided:
+            raise TypeError(
+                f"the gradient of {name_of(group, index)} is {gradient.layout}: must be dense (torch.strided)"
+            )
+        if gradient.dtype != parameter.dtype:
+            raise TypeError(f"the gradient of {name_of(group, index)} is {gradient.dtype}: must be {parameter.dtype}")
+        launch = by_kind.get((parameter.dtype, parameter.device))
+        if launch is None:
+            launch = by_kind[parameter.dtype, parameter.device] = Launch()
+        launch.indices.append(index)
+        theta = parameter
+        if not is_dense(parameter):
+            theta = parameter.contiguous()
+            launch.copies.append((parameter, theta))
+        launch.theta.append(theta)
+        launch.gradient.append(in_order_of(gradient, theta))
+    return list(by_kind.values())
+
+
+def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` itself if its memory is in the order of `like`, else a copy that is."""
+    return tensor if same_order(tensor, like) else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def name_of(group: dict[str, Any], index: int) -> str:
+    """How messages call a parameter: its name if the sampler was given names, else its number and shape."""
+    names = group.get("param_names")
+    if names:
+        return f"parameter {names[index]!r}"
+    return f"parameter {group['parameter_ids'][index]} of shape {tuple(group['params'][index].shape)}"

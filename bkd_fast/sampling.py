@@ -1,0 +1,425 @@
+"""The loop: warm start, burn-in, thinned draws as an iterator, with the figures that tell whether to trust them.
+
+Everything that follows the chain (progress files, checkpoints, plots) is a callback of this one loop.
+"""
+
+import itertools
+import math
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bkd_fast.errors import BKDFastWarning
+from bkd_fast.samplers.sampler import Sampler, find_user_level
+
+BatchNorm: TypeAlias = Literal["freeze", "recalibrate", "train"]
+Phase: TypeAlias = Literal["warm_start", "burn_in", "sampling"]
+
+HEALTH_BATCHES = 16  # minibatches whose gradients' variance is measured, at one point, when sampling begins
+HEALTH_COORDINATES = 4096  # coordinates per group on which it is measured
+NOISE_SHARE_LIMIT = 0.1
+RECALIBRATION_BATCHES = 32  # training batches from which batch norm statistics are estimated again
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of the chain.
+
+    Attributes:
+        step: steps the chain has taken, warm start and burn-in included.
+        chain: the sampler's chain number.
+        index: number of this draw in its chain, from 0.
+        run: 64-bit number of this call of `sample`: (run, chain, index) names a draw for ever.
+        model: the live network; it moves on with the chain.
+    """
+
+    step: int
+    chain: int
+    index: int
+    run: int
+    model: nn.Module
+    _names: tuple[str, ...] = field(repr=False)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of what differs between draws: the sampled parameters (and batch norm statistics, unless frozen), by name."""
+        tensors = dict(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))
+        return {name: tensors[name].detach().clone() for name in self._names}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a callback learns of a step: its number, the phase, and the mean energy per example (0-dim tensor, on its device)."""
+
+    step: int
+    phase: Phase
+    energy: Tensor
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the chain samples what it says, one figure per parameter group.
+
+    Attributes:
+        noise_share: lr N v / (2 T) with v the variance of the minibatch gradient per coordinate: the chain samples at
+            temperature T (1 + noise_share). NaN where it was not measured.
+        stationarity: (|theta_n|^2 - |theta_0|^2) / (2 n D T lr / N) over the n sampling steps, D coordinates: 0 when the
+            chain is stationary, 1 in free diffusion (expected along directions that the energy does not see).
+    """
+
+    noise_share: list[float]
+    stationarity: list[float]
+
+
+class Callback:
+    """Follows the loop. Override what you need."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """After every step. Reading `record.energy` waits for the device."""
+
+    def on_draw(self, draw: Draw) -> None:
+        """At every draw, before the caller of `sample` gets it."""
+
+    def on_end(self, health: Health) -> None:
+        """Once, after the last draw."""
+
+
+def sample(
+    student: nn.Module,
+    sampler: Sampler,
+    loss_fn: Callable[..., Tensor],
+    train_loader: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    warm_start: int = 0,
+    burn_in: int = 0,
+    thin: int = 1,
+    num_draws: int,
+    batch_norm: BatchNorm = "freeze",
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> Iterator[Draw]:
+    """Run the chain and yield its draws.
+
+    `warm_start` steps at temperature 0, `burn_in` steps at the sampler's temperature, then `num_draws` draws, one every `thin`
+    steps. The loader is run through again and again; shuffle it. What was changed on the way (modes, temperatures) is put back
+    at the end, also when the caller stops early.
+
+    Args:
+        student: the network whose parameters `sampler` holds (all of them, or a head).
+        sampler: a sampler of `bkd_fast`.
+        loss_fn: called as loss_fn(logits, target, teacher_logits), such as `KDLoss`; must be a mean over the batch.
+        train_loader: yields (x, target), or (x, target, teacher_logits) with cached teacher logits; target may be None.
+        teacher: gives the teacher's logits of x, in eval mode and without gradients, where the loader does not.
+        warm_start, burn_in, thin, num_draws: counts of steps and draws.
+        batch_norm: after the warm start, "freeze" keeps the running statistics fixed, so that the posterior is one of a fixed
+            function; "train" uses each batch's own; "recalibrate" does too, and estimates the running statistics afresh for
+            every draw from 32 training batches.
+        progress: show a progress bar, on a terminal.
+        callbacks: follow the loop.
+
+    Yields:
+        Draw: its `model` is live, in training mode; `snapshot()` copies it.
+
+    Raises:
+        ValueError: counts out of range, a loss that is no mean, a sampler without parameters of the student, an empty loader,
+            a batch of another form.
+        NonFiniteError: as the sampler's rule has it.
+    """
+    _check_counts(warm_start=warm_start, burn_in=burn_in, thin=thin, num_draws=num_draws)
+    if batch_norm not in get_args(BatchNorm):
+        raise ValueError(f"batch_norm = {batch_norm!r}: must be one of {get_args(BatchNorm)}")
+    reduction = getattr(loss_fn, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(
+            f"loss_fn.reduction = {reduction!r}: must be 'mean'; num_data scales the mean loss to the data set"
+        )
+    names = _names_that_differ(student, sampler, batch_norm)
+    _warn_of_other_targets(student, sampler, train_loader, batch_norm)
+    loop = _Loop(student, sampler, loss_fn, train_loader, teacher, batch_norm, names, callbacks)
+    return loop.draws(warm_start, burn_in, thin, num_draws, progress)
+
+
+class _Loop:
+    """One run of `sample`: the chain's surroundings and its steps."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        sampler: Sampler,
+        loss_fn: Callable[..., Tensor],
+        loader: Iterable[Any],
+        teacher: nn.Module | None,
+        batch_norm: BatchNorm,
+        names: tuple[str, ...],
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.student, self.sampler, self.loss_fn, self.loader = student, sampler, loss_fn, loader
+        self.teacher, self.batch_norm, self.names, self.callbacks = teacher, batch_norm, names, callbacks
+        self.device = sampler.param_groups[0]["params"][0].device
+        self.batches = _endless(loader)
+        self.steps = 0
+
+    def draws(self, warm_start: int, burn_in: int, thin: int, num_draws: int, progress: bool) -> Iterator[Draw]:
+        with ExitStack() as stack:
+            stack.callback(_restore_modes, _modes(self.student))
+            if self.teacher is not None:
+                stack.callback(_restore_modes, _modes(self.teacher))
+                self.teacher.eval()
+            total = warm_start + burn_in + thin * num_draws
+            bar = stack.enter_context(_Progress(total, enabled=progress))
+
+            self.student.train()
+            with _Temperature(self.sampler, 0.0):
+                for _ in range(warm_start):
+                    self.step("warm_start", bar)
+            self.enter_sampling_mode()
+            for _ in range(burn_in):
+                self.step("burn_in", bar)
+            noise_share = self.noise_share()
+            start = self.squared_norms()
+            run, chain = secrets.randbits(63), self.sampler.param_groups[0]["chain"]
+            for index in range(num_draws):
+                for _ in range(thin):
+                    self.step("sampling", bar)
+                if self.batch_norm == "recalibrate":
+                    self.recalibrate()
+                draw = Draw(self.steps, chain, index, run, self.student, self.names)
+                for callback in self.callbacks:
+                    callback.on_draw(draw)
+                yield draw
+                self.enter_sampling_mode()  # the caller may have evaluated the live model
+            self.sampler.check()
+            health = Health(noise_share, self.stationarity(start, thin * num_draws))
+            for callback in self.callbacks:
+                callback.on_end(health)
+
+    def step(self, phase: Phase, bar: "_Progress") -> None:
+        energy = self.backward(next(self.batches))
+        self.sampler.step()
+        self.steps += 1
+        bar.advance(phase, energy)
+        record = StepRecord(self.steps, phase, energy)
+        for callback in self.callbacks:
+            callback.on_step(record)
+
+    def backward(self, batch: Any) -> Tensor:
+        """Gradients of the mean energy of one batch; returns the energy."""
+        x, target, teacher_logits = self.unpack(batch)
+        self.student.zero_grad(set_to_none=True)
+        if teacher_logits is None and self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(x)
+        energy = self.loss_fn(self.student(x), target, teacher_logits)
+        energy.backward()  # type: ignore[no-untyped-call]
+        return energy.detach()
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
+            form = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            raise ValueError(f"train_loader yields a {form}: must yield (x, target) or (x, target, teacher_logits)")
+        moved: list[Any] = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
+        return moved[0], moved[1], moved[2] if len(moved) == 3 else None
+
+    def enter_sampling_mode(self) -> None:
+        self.student.train()
+        if self.batch_norm == "freeze":
+            for module in _batch_norms(self.student):
+                module.eval()
+
+    @torch.no_grad()
+    def recalibrate(self) -> None:
+        """Batch norm's running statistics for the parameters as they are now: plain averages over training batches."""
+        self.student.eval()
+        norms = list(_batch_norms(self.student))
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for _ in range(RECALIBRATION_BATCHES):
+            self.student(self.unpack(next(self.batches))[0])
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+    # ---- health ----
+
+    def squared_norms(self) -> list[float]:
+        return [
+            sum(float(p.detach().double().square().sum()) for p in group["params"])
+            for group in self.sampler.param_groups
+        ]
+
+    def noise_share(self) -> list[float]:
+        """Variance of the minibatch gradient at the present point, in units of the temperature; warns where it is large."""
+        groups = self.sampler.param_groups
+        shares = [math.nan] * len(groups)
+        if all(group["temperature"] == 0 or float(group["lr"]) == 0 for group in groups):
+            return shares
+        drawn: list[list[Tensor]] = [[] for _ in groups]
+        for _ in range(HEALTH_BATCHES):
+            self.backward(next(self.batches))
+            for found, group in zip(drawn, groups, strict=True):
+                gradients = [p.grad for p in group["params"] if p.grad is not None]
+                if gradients:
+                    found.append(_coordinates(gradients))
+        self.student.zero_grad(set_to_none=True)
+        for index, (found, group) in enumerate(zip(drawn, groups, strict=True)):
+            lr, temperature = float(group["lr"]), float(group["temperature"])
+            if found and temperature > 0 and lr > 0:
+                variance = float(torch.stack(found).var(dim=0).mean())
+                shares[index] = lr * group["num_data"] * variance / (2 * temperature)
+                if shares[index] > NOISE_SHARE_LIMIT:
+                    warnings.warn(
+                        f"group {index}: the minibatch gradient's own noise is {shares[index]:.2g} of the Langevin noise, so the "
+                        f"chain samples at about {1 + shares[index]:.2g} times its temperature. Lower lr or use larger batches.",
+                        BKDFastWarning,
+                        stacklevel=find_user_level(),
+                    )
+        return shares
+
+    def stationarity(self, start: list[float], steps: int) -> list[float]:
+        figures = []
+        for before, after, group in zip(start, self.squared_norms(), self.sampler.param_groups, strict=True):
+            coordinates = sum(p.numel() for p in group["params"])
+            diffusion = 2 * steps * coordinates * group["temperature"] * float(group["lr"]) / group["num_data"]
+            figures.append((after - before) / diffusion if diffusion > 0 else math.nan)
+        return figures
+
+
+class _Temperature:
+    """Holds a sampler at one temperature."""
+
+    def __init__(self, sampler: Sampler, temperature: float) -> None:
+        self.groups, self.temperature = sampler.param_groups, temperature
+
+    def __enter__(self) -> None:
+        self.before = [group["temperature"] for group in self.groups]
+        for group in self.groups:
+            group["temperature"] = self.temperature
+
+    def __exit__(self, *_: object) -> None:
+        for group, temperature in zip(self.groups, self.before, strict=True):
+            group["temperature"] = temperature
+
+
+class _Progress:
+    """A rich progress bar that reads the energy a few times a second, not on every step: reading waits for the device."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self.total, self.enabled, self.shown = total, enabled, 0.0
+
+    def __enter__(self) -> "_Progress":
+        if self.enabled:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            console = Console(stderr=True)
+            self.enabled = console.is_terminal
+            self.bar = Progress(
+                TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("energy {task.fields[energy]}"), TextColumn("{task.fields[rate]} steps/s"), TimeRemainingColumn(),
+                console=console,
+            )  # fmt: skip
+            if self.enabled:
+                self.task = self.bar.add_task("warm_start", total=self.total, energy="", rate="")
+                self.bar.start()
+                self.began, self.done = time.perf_counter(), 0
+        return self
+
+    def advance(self, phase: Phase, energy: Tensor) -> None:
+        if not self.enabled:
+            return
+        self.done += 1
+        now = time.perf_counter()
+        if now - self.shown > 0.25 or self.done == self.total:
+            self.shown = now
+            rate = self.done / (now - self.began)
+            self.bar.update(
+                self.task, completed=self.done, description=phase.replace("_", " "), energy=f"{float(energy):.4f}",
+                rate=f"{rate:.0f}",
+            )  # fmt: skip
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            self.bar.stop()
+
+
+def _check_counts(**counts: int) -> None:
+    smallest = {"warm_start": 0, "burn_in": 0, "thin": 1, "num_draws": 1}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} = {value!r}: must be an int")
+        if value < smallest[name]:
+            raise ValueError(f"{name} = {value}: must be at least {smallest[name]}")
+
+
+def _names_that_differ(student: nn.Module, sampler: Sampler, batch_norm: BatchNorm) -> tuple[str, ...]:
+    """Names of what a snapshot copies: the sampled parameters, and the buffers that move with them."""
+    sampled = {id(p) for group in sampler.param_groups for p in group["params"]}
+    names = [name for name, parameter in student.named_parameters() if id(parameter) in sampled]
+    if len(names) < len(sampled):
+        raise ValueError(
+            f"sampler holds {len(sampled)} parameters, of which {len(names)} are the student's: must hold only its own"
+        )
+    if batch_norm != "freeze":
+        names += [name for name, buffer in student.named_buffers() if buffer.is_floating_point()]
+    return tuple(names)
+
+
+def _warn_of_other_targets(student: nn.Module, sampler: Sampler, loader: Iterable[Any], batch_norm: BatchNorm) -> None:
+    """What silently makes the chain's target another distribution than the stated posterior."""
+    reasons = []
+    dropout = [name for name, m in student.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    if dropout:
+        reasons.append(f"dropout ({', '.join(dropout[:3])}) makes the energy random; set its p to 0")
+    if batch_norm != "freeze" and any(True for _ in _batch_norms(student)):
+        reasons.append(f"batch_norm={batch_norm!r} makes each example's energy depend on its batch; 'freeze' does not")
+    dataset = getattr(loader, "dataset", None)
+    size = len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
+    for group in sampler.param_groups:
+        if size is not None and group["num_data"] != size:
+            reasons.append(f"num_data is {group['num_data']} and the loader's data set has {size} examples")
+            break
+    for reason in reasons:
+        warnings.warn(
+            f"the sampled posterior is not the stated one: {reason}.", BKDFastWarning, stacklevel=find_user_level()
+        )
+
+
+def _coordinates(gradients: list[Tensor]) -> Tensor:
+    """The same few thousand coordinates of a group's gradient at every call, spread evenly."""
+    total = sum(g.numel() for g in gradients)
+    stride = max(1, total // HEALTH_COORDINATES)
+    return torch.cat([g.detach().flatten()[::stride].double() for g in gradients])
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(
+                "train_loader is empty (or an iterator that was used up): must yield batches on every pass"
+            )
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats)
+
+
+def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for module in model.modules()]
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training

@@ -1,0 +1,36 @@
+// Operation A on the CPU: one Langevin step of many tensors. A table of tensors is cut into chunks, which threads take.
+#pragma once
+#include "../half.h"
+#include "../noise.h"
+#include "cpu/dispatch.h"
+
+namespace bkd {
+
+// One parameter, flat in its storage order. mean and m2 (or null) are of the arithmetic's type: float, for float64 double.
+struct LangevinTensor {
+  void* theta;
+  const void* gradient;
+  const void* center;  // or null: the prior's mean is 0
+  void* mean;
+  void* m2;
+  int64_t count;
+  uint64_t first_element;  // of the whole parameter: not 0 for a shard
+  uint32_t parameter;
+  uint8_t* nonfinite;  // null: no check; else set to 1 when an element's gradient is not finite (that element stays)
+};
+
+struct LangevinStep {
+  Storage storage;
+  uint64_t seed, step;
+  uint32_t chain;
+  double lr, decay, sigma;  // to maximise, negate lr and decay: the same bits as negating the gradient
+  double inverse_count;  // of the running moments
+};
+
+// Elements [begin, end) of one tensor.
+BKD_DECLARE(void, langevin_chunk, (const LangevinTensor& tensor, const LangevinStep& step, int64_t begin, int64_t end))
+
+// Whether data[0 .. count) holds a NaN or an infinity.
+BKD_DECLARE(bool, has_nonfinite, (const void* data, int64_t count, Storage storage))
+
+}  // namespace bkd

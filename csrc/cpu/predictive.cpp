@@ -1,0 +1,559 @@
+// The posterior predictive's update of one block of rows, in two stages: softmax statistics of every (draw, row), then
+// tiles of 64 cells over all draws: codes, moments, divergence from the reference, and the histogram by compare-and-add.
+//
+// Both stages do the same operations in the same order on every instruction set (sums over classes run in sixteen lanes,
+// or in one per row), so that codes and moments are the same bits everywhere.
+#include "cpu/predictive.h"
+
+#include "cpu/explog.h"
+
+namespace bkd {
+namespace BKD_ISA {
+
+constexpr int kSumLanes = 16;                  // of a sum over classes, whatever the vector's width
+constexpr int kShortRow = 32;                  // up to here a vector holds a class of many rows, above many classes of a row
+constexpr int64_t kChunkBytes = 128 * 1024;    // of logits between the two stages: read from memory once
+constexpr int kMaxTileRows = kTileCells / 2 + 1;  // with two classes or more
+constexpr int kTileRowStride = kMaxTileRows + kScratchPadding;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kSmallestReference = 0x1p-126f;
+constexpr uint8_t kNoSlot = 0xFF;
+
+// The statistics of every draw and row of a block or of one tile.
+struct Statistics {
+  float* data;  // [kStatistics][draws][stride]
+  int64_t stride;
+  int draws;
+
+  float* at(Statistic which, int draw, int64_t row) const { return data + ((int64_t)which * draws + draw) * stride + row; }
+};
+
+// ---- stage 1: statistics of every draw and row ----
+
+// Maximum, sum of exponentials without the arg-max classes, sum of exponential times exponent, number of arg-max classes.
+struct RawSums {
+  Floats maximum, rest, weighted, ties;
+};
+
+BKD_INLINE Floats load_classes(const float* x, int left) {
+  return left >= kLanes ? load(x) : left > 0 ? load(x, first(left), set1(-kInfinity)) : set1(-kInfinity);
+}
+
+// Rows of many classes: sixteen lanes of classes, then one fixed tree.
+struct Sixteen {
+  Floats part[kSumLanes / kLanes];
+};
+
+BKD_INLINE float sum_of(const Sixteen& s) {
+#if defined(BKD_ISA_avx512)
+  const __m256 low = _mm512_castps512_ps256(s.part[0]), high = _mm512_extractf32x8_ps(s.part[0], 1);
+  const __m256 eight = _mm256_add_ps(low, high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#elif defined(BKD_ISA_avx2)
+  return reduce_add(add(s.part[0], s.part[1]));
+#else
+  float lane[kSumLanes];
+  for (int i = 0; i < kSumLanes; ++i) lane[i] = s.part[i].x;
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] + lane[i + half];
+  return lane[0];
+#endif
+}
+
+static float maximum_of(const float* x, int classes) {
+  Floats most = set1(-kInfinity), most_odd = most;
+  int c = 0;
+  for (; c + 2 * kLanes <= classes; c += 2 * kLanes) {
+    most = max(most, load(x + c));
+    most_odd = max(most_odd, load(x + c + kLanes));
+  }
+  for (; c < classes; c += kLanes) most = max(most, load_classes(x + c, classes - c));
+  return reduce_max(max(most, most_odd));
+}
+
+struct RowSums {
+  float maximum, rest, weighted, ties;
+};
+
+static RowSums sums_of_long_row(const float* x, int classes) {
+  const float maximum = maximum_of(x, classes);
+  constexpr int kParts = kSumLanes / kLanes;
+  Sixteen rest, weighted, ties;
+  for (int i = 0; i < kParts; ++i) rest.part[i] = weighted.part[i] = ties.part[i] = set1(0.0f);
+  const auto accumulate = [&](int i, Floats logits) {
+    const Floats difference = sub(logits, set1(maximum));
+    const Exponential e = exp_nonpositive(difference);
+    const Mask top = equal(difference, set1(0.0f));
+    rest.part[i] = add(rest.part[i], select(top, set1(0.0f), e.value));
+    weighted.part[i] = fma(e.value, e.argument, weighted.part[i]);
+    ties.part[i] = add(ties.part[i], select(top, set1(1.0f), set1(0.0f)));
+  };
+  int c = 0;
+  for (; c + kSumLanes <= classes; c += kSumLanes)
+    for (int i = 0; i < kParts; ++i) accumulate(i, load(x + c + i * kLanes));
+  if (c < classes)
+    for (int i = 0; i < kParts; ++i) accumulate(i, load_classes(x + c + i * kLanes, classes - c - i * kLanes));
+  return {maximum, sum_of(rest), sum_of(weighted), sum_of(ties)};
+}
+
+// kLanes rows of few classes, one per lane; offsets[lane] is where the lane's row starts in x.
+static RawSums sums_of_short_rows(const float* x, Ints offsets, int classes) {
+  alignas(64) float logits[kShortRow * kLanes];
+  Floats maximum = set1(-kInfinity);
+  for (int c = 0; c < classes; ++c) {
+    const Floats column = gather(x + c, offsets);
+    store(logits + c * kLanes, column);
+    maximum = max(maximum, column);
+  }
+  Floats rest = set1(0.0f), weighted = rest, ties = rest;
+  for (int c = 0; c < classes; ++c) {
+    const Floats difference = sub(load(logits + c * kLanes), maximum);
+    const Exponential e = exp_nonpositive(difference);
+    const Mask top = equal(difference, set1(0.0f));
+    rest = add(rest, select(top, set1(0.0f), e.value));
+    weighted = fma(e.value, e.argument, weighted);
+    ties = add(ties, select(top, set1(1.0f), set1(0.0f)));
+  }
+  return {maximum, rest, weighted, ties};
+}
+
+// A row is invalid if it holds NaN or +inf, or nothing but -inf: its differences, and so the weighted sum, are then NaN.
+// (The sum of exponentials would not do: the exponential's bit arithmetic may lose a NaN that has a payload.)
+// Returns the rows' entropies.
+BKD_INLINE Floats finish_rows(const Statistics& statistics, int draw, int64_t row, const RawSums& raw) {
+  const Floats one = set1(1.0f);
+  const Floats total = add(raw.rest, raw.ties), inverse = div(one, total), rest = add(raw.rest, sub(raw.ties, one));
+  // log(1 + rest) with what the sum lost: entropies of confident rows are far below the sum's rounding
+  const Floats lost = sub(rest, sub(total, one)), log_total = fma(lost, inverse, log_positive(total));
+  store(statistics.at(kMaximum, draw, row), raw.maximum);
+  store(statistics.at(kTotal, draw, row), total);
+  store(statistics.at(kRest, draw, row), rest);
+  store(statistics.at(kInverseTotal, draw, row), inverse);
+  store(statistics.at(kLogTotal, draw, row), log_total);
+  store(statistics.at(kValid, draw, row), select(equal(raw.weighted, raw.weighted), one, set1(0.0f)));
+  return fnma(raw.weighted, inverse, log_total);
+}
+
+// Statistics of sorted rows [begin, end) of the window, stored from `origin` on; adds the rows' entropies.
+static void measure_rows(const PredictiveState& state, const PredictiveWindow& window, int64_t begin, int64_t end,
+                         int64_t origin, const Statistics& statistics, int32_t* valid_draws) {
+  const int classes = state.classes;
+  for (int64_t i = begin; i < end; ++i) valid_draws[i - origin] = 0;
+  for (int w = 0; w < window.draws; ++w) {
+    const float* logits = window.logits + w * window.draw_stride;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int rows = end - i < kLanes ? (int)(end - i) : kLanes;
+      RawSums raw;
+      if (classes <= kShortRow) {
+        const float* first_row = logits + window.batch[i] * classes;
+        int32_t offsets[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane)
+          offsets[lane] = (int32_t)((window.batch[i + (lane < rows ? lane : 0)] - window.batch[i]) * classes);
+        raw = sums_of_short_rows(first_row, load(offsets), classes);
+      } else {
+        float maximum[kLanes] = {}, rest[kLanes] = {}, weighted[kLanes] = {}, ties[kLanes] = {};
+        for (int lane = 0; lane < rows; ++lane) {
+          const RowSums sums = sums_of_long_row(logits + window.batch[i + lane] * classes, classes);
+          maximum[lane] = sums.maximum;
+          rest[lane] = sums.rest;
+          weighted[lane] = sums.weighted;
+          ties[lane] = sums.ties;
+        }
+        raw = {load(maximum), load(rest), load(weighted), load(ties)};
+      }
+      alignas(64) float entropy[kLanes];
+      store(entropy, finish_rows(statistics, w, i - origin, raw));
+      const float* valid = statistics.at(kValid, w, i - origin);
+      for (int lane = 0; lane < rows; ++lane)
+        if (valid[lane] != 0.0f) {
+          state.entropy[window.rows[i + lane]] += (double)entropy[lane];
+          ++valid_draws[i + lane - origin];
+        }
+    }
+  }
+}
+
+// ---- stage 2: the cells of one tile ----
+
+// Neighbouring cells of a tile that share their row's count, and the draws of it that count.
+struct Segment {
+  int begin, end;     // cells of the tile
+  int local_row;      // in the tile's statistics
+  int64_t row;        // of the state
+  uint32_t count;     // draws before this window
+  int valid_draws;
+};
+
+struct Tile {
+  int64_t first_cell;
+  const float* logits;  // of the tile's first cell, draw 0
+  int64_t draw_stride;
+  Statistics statistics;  // local row 0 is the row of the first cell
+  bool every_draw_valid;
+  int segments;
+  Segment segment[kMaxTileRows];
+  alignas(64) int32_t local_row[kTileCells];      // of every cell
+  alignas(64) float inverse_count[kTileRowStride];  // after this window, of every local row
+  alignas(64) float is_new[kTileRowStride];         // 1 where the row had no draw before
+};
+
+struct TileBuffers {
+  alignas(64) int16_t codes[kMaxDraws * kTileCells];
+  alignas(64) uint8_t slots[(kMaxDraws + kMaxBins) * kTileCells];
+  alignas(64) float divergence[kTileCells];
+  alignas(64) float probability[kMaxDraws * kLanes];
+  alignas(64) float log_probability[kMaxDraws * kLanes];
+  alignas(64) float logits[kMaxDraws * kTileCells];
+  alignas(64) float statistics[kStatistics * kMaxDraws * kTileRowStride];
+};
+
+// KL(p || r) is the sum over classes of r ((1 + x) log(1 + x) - x), x = p / r - 1 (the linear terms add to 0, and cancel
+// in the difference of two divergences whatever r is). Near x = 0 that is x^2 times this polynomial, relative error
+// 3.3e-7; the plain form would lose x^2 to cancellation.
+constexpr float kSeriesRadius = 0.25f;
+constexpr float kSeries[6] = {0.5000001f,   -0.16666678f,  0.083291784f,
+                              -0.049967587f, 0.03508401f, -0.02517435f};
+
+BKD_INLINE Floats divergence_term(Floats probability, Floats log_probability, Floats reference, Floats inverse_reference,
+                                  Floats log_reference) {
+  const Floats x = mul(sub(probability, reference), inverse_reference), square = mul(x, x);
+  const Floats even = fma(fma(set1(kSeries[4]), square, set1(kSeries[2])), square, set1(kSeries[0]));
+  const Floats odd = fma(fma(set1(kSeries[5]), square, set1(kSeries[3])), square, set1(kSeries[1]));
+  const Floats series = fma(odd, x, even);
+  const Floats log_ratio = sub(log_probability, log_reference);
+  const Floats plain = sub(fma(x, log_ratio, log_ratio), x);
+  return select(less(square, set1(kSeriesRadius * kSeriesRadius)), mul(square, series), plain);
+}
+
+// Codes, moments and divergence of kLanes cells over all draws.
+template <bool every_draw_valid, bool one_row>
+BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int draws, int first, TileBuffers& buffers) {
+  const int64_t cell = tile.first_cell + first;
+  const int base = tile.local_row[first];
+  const Ints row_of_lane = sub(load(tile.local_row + first), set1i(base));
+  const auto spread = [&](const float* of_rows) { return one_row ? set1(of_rows[0]) : lookup(of_rows, row_of_lane); };
+  const auto statistic = [&](Statistic which, int w) { return spread(tile.statistics.at(which, w, base)); };
+  const Floats zero = set1(0.0f), one = set1(1.0f);
+
+  Mask fresh = equal(spread(tile.is_new + base), one);  // cells whose first draw is still to come
+  const Mask is_new = fresh;
+  Floats shift = load(state.mean + cell), sum = zero, square_sum = zero;
+  for (int w = 0; w < draws; ++w) {
+    const Floats total = statistic(kTotal, w);
+    const Floats difference = sub(load(tile.logits + w * tile.draw_stride + first), statistic(kMaximum, w));
+    const Exponential e = exp_nonpositive(difference);
+    // the others' sum is never taken as total - 1, which would cancel
+    const Floats others = select(equal(difference, zero), statistic(kRest, w), sub(total, e.value));
+    const Floats logit = sub(difference, log_positive(others));
+    store_saturated(buffers.codes + w * kTileCells + first, round_to_int(mul(logit, set1(kCodesPerLogit))));
+
+    const Floats probability = mul(e.value, statistic(kInverseTotal, w));
+    store(buffers.probability + w * kLanes, probability);
+    store(buffers.log_probability + w * kLanes, sub(e.argument, statistic(kLogTotal, w)));
+    if (every_draw_valid) {
+      if (w == 0) shift = select(fresh, probability, shift);
+      const Floats deviation = sub(probability, shift);
+      sum = add(sum, deviation);
+      square_sum = fma(deviation, deviation, square_sum);
+    } else {
+      const Mask valid = equal(statistic(kValid, w), one);
+      shift = select(mask_and(fresh, valid), probability, shift);
+      fresh = mask_and(fresh, mask_not(valid));
+      const Floats deviation = select(valid, sub(probability, shift), zero);
+      sum = add(sum, deviation);
+      square_sum = fma(deviation, deviation, square_sum);
+    }
+  }
+  // Chan's merge of the window into the running moments, both taken about `shift`
+  const Floats step = mul(sum, spread(tile.inverse_count + base));
+  const Floats mean = add(shift, step);
+  store(state.mean + cell, mean);
+  store(state.m2 + cell, add(load(state.m2 + cell), fnma(sum, step, square_sum)));
+
+  Floats reference = load(state.reference + cell);
+  if (any(is_new)) {
+    reference = select(is_new, max(mean, set1(kSmallestReference)), reference);
+    store(state.reference + cell, reference);
+  }
+  const Floats inverse_reference = div(one, reference), log_reference = log_positive(reference);
+  Floats divergence = zero;
+  for (int w = 0; w < draws; ++w) {
+    const Floats term = divergence_term(load(buffers.probability + w * kLanes), load(buffers.log_probability + w * kLanes),
+                                        reference, inverse_reference, log_reference);
+    divergence = add(divergence, every_draw_valid ? term : select(equal(statistic(kValid, w), one), term, zero));
+  }
+  store(buffers.divergence + first, mul(divergence, reference));
+}
+
+template <bool every_draw_valid>
+static void update_tile_cells(const PredictiveState& state, const Tile& tile, int draws, TileBuffers& buffers) {
+  for (int first = 0; first < kTileCells; first += kLanes)
+    if (tile.local_row[first] == tile.local_row[first + kLanes - 1])
+      update_cells<every_draw_valid, true>(state, tile, draws, first, buffers);
+    else
+      update_cells<every_draw_valid, false>(state, tile, draws, first, buffers);
+}
+
+// Four interleaved sums: one would wait for itself.
+static double sum_of_cells(const float* x, int count) {
+  double part[4] = {0, 0, 0, 0};
+  int j = 0;
+  for (; j + 4 <= count; j += 4)
+    for (int k = 0; k < 4; ++k) part[k] += (double)x[j + k];
+  for (; j < count; ++j) part[j & 3] += (double)x[j];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// counters[slot][cell] += number of d with slots[d][cell] == slot; 64 cells, at most 255 slots each (kNoSlot is none).
+static void compare_and_add(uint16_t* counters, const uint8_t* slots, int count, int bins) {
+#if defined(BKD_ISA_avx512)
+  constexpr int kAtOnce = 8;
+  const __m512i minus_one = _mm512_set1_epi8(-1);
+  for (int first = 0; first < bins; first += kAtOnce) {
+    __m512i seen[kAtOnce];
+    for (int k = 0; k < kAtOnce; ++k) seen[k] = _mm512_setzero_si512();
+    for (int d = 0; d < count; ++d) {
+      const __m512i slot = _mm512_load_si512(slots + d * kTileCells);
+      for (int k = 0; k < kAtOnce; ++k)
+        seen[k] = _mm512_mask_sub_epi8(seen[k], _mm512_cmpeq_epi8_mask(slot, _mm512_set1_epi8((char)(first + k))), seen[k],
+                                       minus_one);
+    }
+    for (int k = 0; k < kAtOnce; ++k) {
+      uint16_t* row = counters + (first + k) * kTileCells;
+      const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(seen[k]));
+      const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(seen[k], 1));
+      _mm512_storeu_si512(row, _mm512_add_epi16(_mm512_loadu_si512(row), low));
+      _mm512_storeu_si512(row + 32, _mm512_add_epi16(_mm512_loadu_si512(row + 32), high));
+    }
+  }
+#elif defined(BKD_ISA_avx2)
+  constexpr int kAtOnce = 4;
+  for (int half = 0; half < kTileCells; half += 32)
+    for (int first = 0; first < bins; first += kAtOnce) {
+      __m256i seen[kAtOnce];
+      for (int k = 0; k < kAtOnce; ++k) seen[k] = _mm256_setzero_si256();
+      for (int d = 0; d < count; ++d) {
+        const __m256i slot = _mm256_load_si256((const __m256i*)(slots + d * kTileCells + half));
+        for (int k = 0; k < kAtOnce; ++k)
+          seen[k] = _mm256_sub_epi8(seen[k], _mm256_cmpeq_epi8(slot, _mm256_set1_epi8((char)(first + k))));
+      }
+      for (int k = 0; k < kAtOnce; ++k) {
+        __m256i* row = (__m256i*)(counters + (first + k) * kTileCells + half);
+        const __m256i low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(seen[k]));
+        const __m256i high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(seen[k], 1));
+        _mm256_storeu_si256(row, _mm256_add_epi16(_mm256_loadu_si256(row), low));
+        _mm256_storeu_si256(row + 1, _mm256_add_epi16(_mm256_loadu_si256(row + 1), high));
+      }
+    }
+#else
+  (void)bins;
+  for (int d = 0; d < count; ++d)
+    for (int j = 0; j < kTileCells; ++j) {
+      const uint8_t slot = slots[d * kTileCells + j];
+      if (slot != kNoSlot) ++counters[slot * kTileCells + j];
+    }
+#endif
+}
+
+// Brings one cell's counters from the level of old_min..old_max to a coarser one.
+static void fold_cell(uint16_t* counters, int cell, int old_min, int old_max, int old_level, int level, int bins) {
+  uint16_t before[kMaxBins], after[kMaxBins];
+  for (int s = 0; s < bins; ++s) {
+    before[s] = counters[s * kTileCells + cell];
+    after[s] = 0;
+  }
+  rescale(before, old_min, old_max, old_level, level, bins, after);
+  for (int s = 0; s < bins; ++s) counters[s * kTileCells + cell] = after[s];
+}
+
+// Adds the codes of cells [begin, end), which belong to rows of one count, to the tile: keeps them as they are while the
+// rows have at most `bins` draws, else writes their slots for compare_and_add. Returns the number of earlier codes that
+// became slots (behind the window's own).
+BKD_INLINE int place_codes(const PredictiveState& state, uint16_t* counters, const Tile& tile, const Segment& segment,
+                           int begin, int end, int draws, TileBuffers& buffers) {
+  const int log2_bins = state.log2_bins, bins = 1 << log2_bins;
+  const bool all = segment.valid_draws == draws;
+  const auto is_valid = [&](int w) { return all || *tile.statistics.at(kValid, w, segment.local_row) != 0.0f; };
+  int16_t* minimum = state.minimum + tile.first_cell;
+  int16_t* maximum = state.maximum + tile.first_cell;
+  int16_t least[kTileCells], most[kTileCells];
+  for (int j = begin; j < end; ++j) {
+    least[j] = minimum[j];
+    most[j] = maximum[j];
+  }
+  for (int w = 0; w < draws; ++w) {
+    if (!is_valid(w)) continue;
+    const int16_t* codes = buffers.codes + w * kTileCells;
+    for (int j = begin; j < end; ++j) {
+      least[j] = codes[j] < least[j] ? codes[j] : least[j];
+      most[j] = codes[j] > most[j] ? codes[j] : most[j];
+    }
+  }
+  int earlier = 0;
+  if (segment.count + (uint32_t)segment.valid_draws <= (uint32_t)bins) {
+    uint16_t* to = counters + segment.count * kTileCells;
+    for (int w = 0; w < draws; ++w) {
+      if (!is_valid(w)) continue;
+      for (int j = begin; j < end; ++j) to[j] = (uint16_t)buffers.codes[w * kTileCells + j];
+      to += kTileCells;
+    }
+  } else {
+    int16_t level[kTileCells];
+    for (int j = begin; j < end; ++j) level[j] = (int16_t)level_of(least[j], most[j], log2_bins);
+    const auto write_slots = [&](uint8_t* slots, const int16_t* codes) {
+      for (int j = begin; j < end; ++j) slots[j] = (uint8_t)((codes[j] >> level[j]) & (bins - 1));
+    };
+    if (segment.count <= (uint32_t)bins) {
+      earlier = (int)segment.count;
+      for (int i = 0; i < earlier; ++i) {
+        uint16_t* codes = counters + i * kTileCells;
+        write_slots(buffers.slots + (draws + i) * kTileCells, (const int16_t*)codes);
+        for (int j = begin; j < end; ++j) codes[j] = 0;
+      }
+    } else {
+      int16_t old_level[kTileCells];
+      int risen = 0;
+      for (int j = begin; j < end; ++j) {
+        old_level[j] = (int16_t)level_of(minimum[j], maximum[j], log2_bins);
+        risen |= level[j] ^ old_level[j];
+      }
+      for (int j = begin; risen && j < end; ++j)
+        if (level[j] != old_level[j]) fold_cell(counters, j, minimum[j], maximum[j], old_level[j], level[j], bins);
+    }
+    for (int w = 0; w < draws; ++w)
+      if (is_valid(w)) write_slots(buffers.slots + w * kTileCells, buffers.codes + w * kTileCells);
+  }
+  for (int j = begin; j < end; ++j) {
+    minimum[j] = least[j];
+    maximum[j] = most[j];
+  }
+  return earlier;
+}
+
+static void update_tile_histogram(const PredictiveState& state, const Tile& tile, int draws, TileBuffers& buffers) {
+  const int bins = 1 << state.log2_bins;
+  uint16_t* counters = state.counters + tile.first_cell / kTileCells * bins * kTileCells;
+  bool one_count = tile.every_draw_valid;
+  for (int i = 1; i < tile.segments; ++i) one_count = one_count && tile.segment[i].count == tile.segment[0].count;
+  if (one_count) {  // constant bounds, so that the loops over cells become a few vectors
+    const int earlier = place_codes(state, counters, tile, tile.segment[0], 0, kTileCells, draws, buffers);
+    if (tile.segment[0].count + (uint32_t)draws > (uint32_t)bins)
+      compare_and_add(counters, buffers.slots, draws + earlier, bins);
+    return;
+  }
+  memset(buffers.slots, kNoSlot, (size_t)(draws + bins) * kTileCells);
+  int earlier = 0;
+  bool counting = false;
+  for (int i = 0; i < tile.segments; ++i) {
+    const Segment& segment = tile.segment[i];
+    if (segment.valid_draws == 0) continue;
+    const int more = place_codes(state, counters, tile, segment, segment.begin, segment.end, draws, buffers);
+    earlier = more > earlier ? more : earlier;
+    counting = counting || segment.count + (uint32_t)segment.valid_draws > (uint32_t)bins;
+  }
+  if (counting) compare_and_add(counters, buffers.slots, draws + earlier, bins);
+}
+
+// The tile of cells first_cell.. as this window sees it; sorted rows [present, end) are those of the batch from its first
+// row on. Where a row is missing or has invalid draws, statistics and logits are copied beside each other.
+static void describe_tile(const PredictiveState& state, const PredictiveWindow& window, int64_t present, int64_t end,
+                          int64_t origin, const Statistics& statistics, const int32_t* valid_draws, Tile& tile,
+                          TileBuffers& buffers) {
+  const int64_t classes = state.classes, first_cell = tile.first_cell;
+  const int64_t first_row = first_cell / classes;
+  bool whole = first_cell + kTileCells <= state.rows * classes;
+  int64_t index_of[kMaxTileRows];
+  int segments = 0;
+  for (int cell = 0; cell < kTileCells; ++segments) {
+    const int64_t row = first_row + segments, row_end = (row + 1) * classes - first_cell;
+    Segment& segment = tile.segment[segments];
+    segment.begin = cell;
+    segment.end = row_end < kTileCells ? (int)row_end : kTileCells;
+    segment.local_row = segments;
+    segment.row = row;
+    for (; cell < segment.end; ++cell) tile.local_row[cell] = segments;
+    const bool here = present < end && window.rows[present] == row;
+    index_of[segments] = here ? present++ : -1;
+    segment.count = here ? (uint32_t)state.counts[row] : 0;
+    segment.valid_draws = here ? valid_draws[index_of[segments] - origin] : 0;
+    const int count = (int)segment.count + segment.valid_draws;
+    tile.inverse_count[segments] = segment.valid_draws > 0 ? 1.0f / (float)count : 0.0f;
+    tile.is_new[segments] = segment.valid_draws > 0 && segment.count == 0 ? 1.0f : 0.0f;
+    whole = whole && segment.valid_draws == window.draws &&
+            window.batch[index_of[segments]] == window.batch[index_of[0]] + segments;
+  }
+  tile.segments = segments;
+  tile.every_draw_valid = whole;
+  if (whole) {
+    tile.statistics = statistics;
+    tile.statistics.data += index_of[0] - origin;
+    tile.draw_stride = window.draw_stride;
+    tile.logits = window.logits + window.batch[index_of[0]] * classes + (first_cell - first_row * classes);
+    return;
+  }
+  tile.statistics = {buffers.statistics, kTileRowStride, window.draws};
+  tile.draw_stride = kTileCells;
+  tile.logits = buffers.logits;
+  memset(buffers.statistics, 0, sizeof(float) * (size_t)(kStatistics * window.draws * kTileRowStride));
+  memset(buffers.logits, 0, sizeof(float) * (size_t)(window.draws * kTileCells));
+  for (int i = 0; i < segments; ++i) {
+    if (index_of[i] < 0) continue;
+    const Segment& segment = tile.segment[i];
+    const int64_t offset = window.batch[index_of[i]] * classes + first_cell + segment.begin - segment.row * classes;
+    for (int w = 0; w < window.draws; ++w) {
+      memcpy(buffers.logits + w * kTileCells + segment.begin, window.logits + w * window.draw_stride + offset,
+             sizeof(float) * (size_t)(segment.end - segment.begin));
+      for (int which = 0; which < kStatistics; ++which)
+        *tile.statistics.at((Statistic)which, w, i) = *statistics.at((Statistic)which, w, index_of[i] - origin);
+    }
+  }
+}
+
+void predictive_block(const PredictiveState& state, const PredictiveWindow& window, int64_t begin, int64_t end,
+                      int64_t row_capacity, float* scratch) {
+  const Statistics statistics{scratch, row_capacity, window.draws};
+  int32_t* valid_draws = (int32_t*)(scratch + (int64_t)kStatistics * window.draws * row_capacity);
+  const int64_t classes = state.classes;
+  int64_t chunk = kChunkBytes / ((int64_t)sizeof(float) * window.draws * classes);
+  chunk = chunk < 1 ? 1 : chunk;
+
+  alignas(64) TileBuffers buffers;
+  Tile tile;
+  int64_t next_tile = window.rows[begin] * classes / kTileCells;
+  int64_t present = begin;  // first sorted row that the next tile may touch
+  for (int64_t measured = begin; measured < end;) {
+    const int64_t until = measured + chunk < end ? measured + chunk : end;
+    measure_rows(state, window, measured, until, begin, statistics, valid_draws);
+    measured = until;
+    // tiles whose rows are all measured
+    while (present < measured) {
+      const int64_t first_tile = window.rows[present] * classes / kTileCells;
+      if (next_tile < first_tile) next_tile = first_tile;
+      const int64_t tile_end = (next_tile + 1) * kTileCells;
+      if (measured < end && window.rows[measured] * classes < tile_end) break;
+      tile.first_cell = next_tile * kTileCells;
+      describe_tile(state, window, present, end, begin, statistics, valid_draws, tile, buffers);
+      if (tile.every_draw_valid)
+        update_tile_cells<true>(state, tile, window.draws, buffers);
+      else
+        update_tile_cells<false>(state, tile, window.draws, buffers);
+      for (int i = 0; i < tile.segments; ++i) {
+        const Segment& segment = tile.segment[i];
+        if (segment.valid_draws > 0)
+          state.divergence[segment.row] += sum_of_cells(buffers.divergence + segment.begin, segment.end - segment.begin);
+      }
+      update_tile_histogram(state, tile, window.draws, buffers);
+      ++next_tile;
+      while (present < measured && (window.rows[present] + 1) * classes <= tile_end) ++present;
+    }
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    state.counts[window.rows[i]] += valid_draws[i - begin];
+    state.invalid[window.rows[i]] += window.draws - valid_draws[i - begin];
+  }
+}
+
+}  // namespace BKD_ISA
+}  // namespace bkd

@@ -1,0 +1,35 @@
+"""Fixtures that every test may use."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the shared harness: `import stats`
+
+try:
+    from bkd_fast import _native as native
+except ImportError:
+    native = None
+
+
+@pytest.fixture(params=["reference"] if native is None else native.isas())
+def isa(request: pytest.FixtureRequest):
+    """Each instruction set of the compiled backend in turn (the reference alone where there is none)."""
+    if native is None:
+        yield request.param
+        return
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads whatever the machine's default."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
