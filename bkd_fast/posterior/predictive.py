@@ -316,7 +316,7 @@ class PosteriorPredictive:
         found = sketch_quantile(self._flushed().tiles, q)
         empty = found.point.isnan()
         lower = ((found.lower.double() - 1.5) / CODES_PER_UNIT).sigmoid().float()
-        upper = ((found.upper.double() - 0.5) / CODES_PER_UNIT).sigmoid().float()
+        upper = ((found.upper.double() + 1.5) / CODES_PER_UNIT).sigmoid().float()
         # rounded outwards
         lower = torch.nextafter(lower, torch.tensor(0.0)).masked_fill(found.lower == CODE_MIN, 0)
         upper = torch.nextafter(upper, torch.tensor(1.0)).masked_fill(found.upper == CODE_MAX, 1)

@@ -76,8 +76,9 @@ def test_any_merge_tree_gives_the_same_bits(
         pieces.append(left)
     whole = posterior_of([logits], bins)
     assert_same_histogram(pieces[0], whole)
+    # sums in float32 about the first draw: where that is an outlier near 1, a small mean keeps its absolute rounding
     for name in ("mean", "expected_entropy"):
-        torch.testing.assert_close(getattr(pieces[0], name), getattr(whole, name), rtol=2e-6, atol=1e-7, equal_nan=True)
+        torch.testing.assert_close(getattr(pieces[0], name), getattr(whole, name), rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
 @cases
