@@ -46,6 +46,10 @@ lower, upper = posterior.interval(0.95)
 predicted = posterior.mean.argmax(-1)
 doubtful = posterior.mean_deviance.argmax()
 print(f"accuracy {float((predicted == y[test]).float().mean()):.3f} from {int(posterior.counts[0])} draws")
-print(f"least certain digit: a {int(y[test][doubtful])}, predicted {int(predicted[doubtful])}; 95 % credible intervals:")
+print(
+    f"least certain digit: a {int(y[test][doubtful])}, predicted {int(predicted[doubtful])}; 95 % credible intervals:"
+)
 for digit in posterior.mean[doubtful].argsort(descending=True)[:3].tolist():
-    print(f"  P({digit}) = {posterior.mean[doubtful, digit]:.2f}  [{lower[doubtful, digit]:.2f}, {upper[doubtful, digit]:.2f}]")
+    print(
+        f"  P({digit}) = {posterior.mean[doubtful, digit]:.2f}  [{lower[doubtful, digit]:.2f}, {upper[doubtful, digit]:.2f}]"
+    )
