@@ -293,12 +293,22 @@ def _vmap_of_operation(
     return _vmap(torch.ops.bkd_fast.kd_energy, info, in_dims, *arguments)
 
 
+def _eager(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operation past torch's dispatcher, which costs more than a small batch, where nothing there would see it."""
+    logits = arguments[0]
+    plain = logits.device.type == "cpu" and type(logits) in (Tensor, torch.nn.Parameter)
+    if plain and not torch._C._len_torch_dispatch_stack():
+        return _energy_cpu(*arguments)
+    energy, gradient = torch.ops.bkd_fast.kd_energy(*arguments)
+    return energy, gradient
+
+
 class _Energy(torch.autograd.Function):
     """The operation for eager mode: a library's operation has its autograd too, at several times the overhead."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        energy, gradient = torch.ops.bkd_fast.kd_energy(*arguments)
+        energy, gradient = _eager(*arguments)
         _setup_context(ctx, arguments, (energy, gradient))
         return energy, gradient
 
@@ -367,8 +377,12 @@ def kd_energy(
     energy_of: Callable[..., Any]
     if torch.compiler.is_compiling():
         energy_of = torch.ops.bkd_fast.kd_energy
+    elif torch._C._are_functorch_transforms_active():
+        energy_of = _TransformedEnergy.apply
+    elif logits.requires_grad and torch.is_grad_enabled():
+        energy_of = _Energy.apply
     else:
-        energy_of = _TransformedEnergy.apply if torch._C._are_functorch_transforms_active() else _Energy.apply
+        energy_of = _eager
     energy, _ = energy_of(
         logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength, temperature, label_weight,
         label_smoothing, ignore_index, reduction,

@@ -152,6 +152,31 @@ def langevin_step_(
             raise ValueError(f"theta[{i}] has strides {tensor.stride()} for shape {tuple(tensor.shape)}: must be dense")
         if first_elements[i] + tensor.numel() > LIMITS["element"]:
             raise ValueError(f"theta[{i}] ends at element {first_elements[i] + tensor.numel()}: the limit is 2**38")
+    unchecked_langevin_step_(
+        theta, gradient, lr=lr, decay=decay, sigma=sigma, seed=seed, chain=chain, step=step, parameters=parameters,
+        first_elements=first_elements, center=center, mean=mean, m2=m2, draws=draws, nonfinite=nonfinite,
+    )  # fmt: skip
+
+
+def unchecked_langevin_step_(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    lr: float,
+    decay: float,
+    sigma: float,
+    seed: int,
+    chain: int,
+    step: int,
+    parameters: Sequence[int],
+    first_elements: Sequence[int],
+    center: Sequence[Tensor] = (),
+    mean: Sequence[Tensor] = (),
+    m2: Sequence[Tensor] = (),
+    draws: int = 0,
+    nonfinite: Tensor | None = None,
+) -> None:
+    """`langevin_step_` for a caller that has seen to everything it checks (a sampler's layout, on every step)."""
     torch.ops.bkd_fast.langevin_step_(
         theta, gradient, center, mean, m2, nonfinite, lr, decay, sigma, signed(seed), chain, step, parameters,
         first_elements, draws,

@@ -37,6 +37,7 @@ def launches(group: dict[str, Any]) -> list[Launch]:
         TypeError: a gradient is sparse, or of another dtype than its parameter.
     """
     by_kind: dict[tuple[torch.dtype, torch.device], Launch] = {}
+    kind: tuple[torch.dtype, torch.device] | None = None
     for index, parameter in enumerate(group["params"]):
         gradient = parameter.grad
         if gradient is None:
@@ -47,16 +48,17 @@ def launches(group: dict[str, Any]) -> list[Launch]:
             )
         if gradient.dtype != parameter.dtype:
             raise TypeError(f"the gradient of {name_of(group, index)} is {gradient.dtype}: must be {parameter.dtype}")
-        launch = by_kind.get((parameter.dtype, parameter.device))
-        if launch is None:
-            launch = by_kind[parameter.dtype, parameter.device] = Launch()
+        if kind != (kind := (parameter.dtype, parameter.device)):  # neighbours are mostly of one kind
+            launch = by_kind.setdefault(kind, Launch())
         launch.indices.append(index)
-        theta = parameter
-        if not is_dense(parameter):
-            theta = parameter.contiguous()
-            launch.copies.append((parameter, theta))
-        launch.theta.append(theta)
-        launch.gradient.append(in_order_of(gradient, theta))
+        if not (parameter.is_contiguous() and gradient.is_contiguous()):
+            if not is_dense(parameter):
+                copy = parameter.contiguous()
+                launch.copies.append((parameter, copy))
+                parameter = copy
+            gradient = in_order_of(gradient, parameter)
+        launch.theta.append(parameter)
+        launch.gradient.append(gradient)
     return list(by_kind.values())
 
 

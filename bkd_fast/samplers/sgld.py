@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bkd_fast.ops.langevin import langevin_step_
+from bkd_fast.ops.langevin import unchecked_langevin_step_
 from bkd_fast.samplers.layout import Launch
 from bkd_fast.samplers.sampler import NonFinite, Params, PriorMean, Sampler
 
@@ -89,7 +89,7 @@ class SGLD(Sampler):
         lr, num_data = float(group["lr"]), float(group["num_data"])
         decay = group["weight_decay"] or group["prior_precision"] / num_data
         sign = -1.0 if group["maximize"] else 1.0  # negating lr and decay rounds exactly as negating the gradient
-        langevin_step_(
+        unchecked_langevin_step_(
             launch.theta,
             launch.gradient,
             lr=sign * lr,

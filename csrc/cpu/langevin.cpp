@@ -82,7 +82,7 @@ void update_fused(const LangevinTensor& tensor, const LangevinStep& step, int64_
   float* mean = (float*)tensor.mean + begin;
   float* m2 = (float*)tensor.m2 + begin;
   Mask bad = first(0);
-  constexpr int64_t kAhead = 1024;  // floats: the loop computes for longer than the hardware prefetcher looks ahead
+  constexpr int64_t kAhead = 384;  // floats: the loop computes for longer than the hardware prefetcher looks ahead
   each_normal(count, stream, (tensor.first_element + (uint64_t)begin) >> 2,
               [&](int64_t i, Floats noise) __attribute__((always_inline)) {
     if (kLanes == 16 || i % 16 == 0) {

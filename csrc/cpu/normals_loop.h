@@ -15,8 +15,9 @@ namespace BKD_ISA {
 
 #if defined(BKD_ISA_avx512) || defined(BKD_ISA_avx2)
 
+constexpr int kGroups = 2;  // registers of each kind in flight: with more they spill, with fewer they wait for the multiplier
+
 #if defined(BKD_ISA_avx512)
-constexpr int kGroups = 4;  // registers of each kind in flight: hides the multiplier's and the square root's latency
 BKD_INLINE Ints multiply(Ints a, Ints b) { return _mm512_mul_epu32(a, b); }
 BKD_INLINE Ints add64(Ints a, Ints b) { return _mm512_add_epi64(a, b); }
 BKD_INLINE Ints set64(uint64_t x) { return _mm512_set1_epi64((long long)x); }
@@ -48,7 +49,6 @@ BKD_INLINE Floats interleave_high(Floats a, Floats b) { return _mm512_unpackhi_p
 // which block each 64-bit lane holds, so that interleave_low/high give elements in memory order
 BKD_INLINE Ints block_order() { return _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0); }
 #else
-constexpr int kGroups = 2;
 BKD_INLINE Ints multiply(Ints a, Ints b) { return _mm256_mul_epu32(a, b); }
 BKD_INLINE Ints add64(Ints a, Ints b) { return _mm256_add_epi64(a, b); }
 BKD_INLINE Ints set64(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
