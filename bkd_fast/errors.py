@@ -1,5 +1,8 @@
 """The warnings and errors of our own; everything else raises Python's ValueError, TypeError and RuntimeError."""
 
+import sys
+import warnings
+
 
 class BKDFastWarning(UserWarning):
     """Something legal that makes the posterior another one than it looks, or much slower."""
@@ -11,3 +14,11 @@ class NonFiniteError(ArithmeticError):
 
 class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run here; the message says what is missing and how to get it."""
+
+
+def warn(message: str) -> None:
+    """A BKDFastWarning that points at the user's line: the first caller outside this package and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("bkd_fast", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, BKDFastWarning, stacklevel=level)

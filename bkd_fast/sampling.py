@@ -7,7 +7,6 @@ import itertools
 import math
 import secrets
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from bkd_fast.errors import BKDFastWarning
-from bkd_fast.samplers.sampler import Sampler, find_user_level
+from bkd_fast.errors import warn
+from bkd_fast.samplers.sampler import Sampler
 
 BatchNorm: TypeAlias = Literal["freeze", "recalibrate", "train"]
 Phase: TypeAlias = Literal["warm_start", "burn_in", "sampling"]
@@ -276,11 +275,9 @@ class _Loop:
                 variance = float(torch.stack(found).var(dim=0).mean())
                 shares[index] = lr * group["num_data"] * variance / (2 * temperature)
                 if shares[index] > NOISE_SHARE_LIMIT:
-                    warnings.warn(
+                    warn(
                         f"group {index}: the minibatch gradient's own noise is {shares[index]:.2g} of the Langevin noise, so the "
-                        f"chain samples at about {1 + shares[index]:.2g} times its temperature. Lower lr or use larger batches.",
-                        BKDFastWarning,
-                        stacklevel=find_user_level(),
+                        f"chain samples at about {1 + shares[index]:.2g} times its temperature. Lower lr or use larger batches."
                     )
         return shares
 
@@ -388,9 +385,7 @@ def _warn_of_other_targets(student: nn.Module, sampler: Sampler, loader: Iterabl
             reasons.append(f"num_data is {group['num_data']} and the loader's data set has {size} examples")
             break
     for reason in reasons:
-        warnings.warn(
-            f"the sampled posterior is not the stated one: {reason}.", BKDFastWarning, stacklevel=find_user_level()
-        )
+        warn(f"the sampled posterior is not the stated one: {reason}.")
 
 
 def _coordinates(gradients: list[Tensor]) -> Tensor:

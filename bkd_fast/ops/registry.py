@@ -8,7 +8,6 @@ Each backend implements the operations under the same names and registers them h
 `find("normal_", device)` returns the fastest one that can run there. `use_backend("reference")` fixes the choice.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bkd_fast.errors import BackendUnavailableError, BKDFastWarning
+from bkd_fast.errors import BackendUnavailableError, warn
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,7 @@ def _warn_slow() -> None:
     global _warned_slow
     if not _warned_slow:
         _warned_slow = True
-        warnings.warn(
+        warn(
             "bkd_fast runs on its reference backend, which is correct and slow: the compiled CPU kernels are missing "
-            f"({_BACKENDS['cpp'].missing}).",
-            BKDFastWarning,
-            stacklevel=4,
+            f"({_BACKENDS['cpp'].missing})."
         )

@@ -1,7 +1,6 @@
 """The posterior predictive: streams draws of logits into means, variances, entropies and certified quantiles per class."""
 
 import secrets
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bkd_fast.errors import BKDFastWarning
+from bkd_fast.errors import warn
 from bkd_fast.ops.predictive import SMALLEST_REFERENCE, PredictiveState, empty_state, predictive_update_
 from bkd_fast.ops.sketch import (
     CODE_MAX,
@@ -189,11 +188,9 @@ class PosteriorPredictive:
         if logits.dtype == torch.bfloat16:
             if not self._warned_bfloat16:
                 self._warned_bfloat16 = True
-                warnings.warn(
+                warn(
                     "logits are bfloat16, with steps of 1/16 near 8: quantiles and variances show the rounding. Compute "
-                    "the last layer in float32 or float16.",
-                    BKDFastWarning,
-                    stacklevel=3,
+                    "the last layer in float32 or float16."
                 )
         elif logits.dtype not in (torch.float32, torch.float16, torch.float64):
             raise TypeError(f"logits have dtype {logits.dtype}: must be float32, float16, float64 or bfloat16")
@@ -215,11 +212,9 @@ class PosteriorPredictive:
             self._warned_invalid = True
             ids = self._state.invalid.nonzero().flatten().tolist()
             more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
-            warnings.warn(
+            warn(
                 f"logits of rows {', '.join(map(str, ids[:NAMED_ROWS]))}{more} hold NaN or +inf, or are all -inf: these rows "
-                "of these draws are excluded from every result. `invalid_counts` counts them; this is the only warning.",
-                BKDFastWarning,
-                stacklevel=4,
+                "of these draws are excluded from every result. `invalid_counts` counts them; this is the only warning."
             )
 
     # ---- results ----

@@ -5,8 +5,6 @@ code (closures, hooks, parameter groups, state) is kept here.
 """
 
 import math
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -15,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bkd_fast.errors import BKDFastWarning, NonFiniteError
+from bkd_fast.errors import NonFiniteError, warn
 from bkd_fast.ops.langevin import DTYPES, find_nonfinite
 from bkd_fast.ops.noise import check_field
 from bkd_fast.samplers.layout import Launch, in_order_of, launches, name_of
@@ -79,11 +77,9 @@ class Sampler(torch.optim.Optimizer):
         for parameter, mean in zip(added["params"], means, strict=bool(means)):
             self.state[parameter]["prior_mean"] = torch.empty_like(parameter).copy_(mean).detach()
         if added["temperature"] > 0 and any(p.dtype in (torch.bfloat16, torch.float16) for p in added["params"]):
-            warnings.warn(
+            warn(
                 "sampling 16-bit parameters rounds away most of the Langevin noise (their spacing near 0.05 is 2.4e-4 in "
-                "bfloat16): the posterior is wrong. Keep the parameters in float32 (autocast may compute in bfloat16).",
-                BKDFastWarning,
-                stacklevel=find_user_level(),
+                "bfloat16): the posterior is wrong. Keep the parameters in float32 (autocast may compute in bfloat16)."
             )
 
     def _warn_of_shared_noise(self) -> None:
@@ -93,11 +89,9 @@ class Sampler(torch.optim.Optimizer):
             for group in other.param_groups:
                 same = (group["seed"], group["chain"]) in keys and group["temperature"] > 0
                 if same and not mine & {id(p) for p in group["params"]}:
-                    warnings.warn(
+                    warn(
                         f"another live sampler has seed = {group['seed']} and chain = {group['chain']} too: both draw the same "
-                        "noise for their parameters. Give each its own chain=.",
-                        BKDFastWarning,
-                        stacklevel=find_user_level(),
+                        "noise for their parameters. Give each its own chain=."
                     )
                     return
 
@@ -327,12 +321,10 @@ class Sampler(torch.optim.Optimizer):
             for index, strides in enumerate(group.get("strides") or ()):
                 parameter = group["params"][index]
                 if parameter.dim() > 1 and list(parameter.stride()) != strides:
-                    warnings.warn(
+                    warn(
                         f"{name_of(group, index)} had strides {tuple(strides)} when the chain was saved and has "
                         f"{tuple(parameter.stride())} now: its noise is drawn in another order, and the chain goes on as "
-                        "another, equally valid, one.",
-                        BKDFastWarning,
-                        stacklevel=find_user_level(),
+                        "another, equally valid, one."
                     )
 
 
@@ -412,11 +404,3 @@ def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def find_user_level() -> int:
-    """The stack level of the first caller outside this package and torch, for warnings that point at the user's line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("bkd_fast", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level

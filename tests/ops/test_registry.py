@@ -1,0 +1,54 @@
+"""The dispatch point: what runs where, the explicit choice, and a package without compiled kernels."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bkd_fast as bkd
+from bkd_fast.ops.registry import find, use_backend
+
+
+def test_the_compiled_backend_is_preferred_and_the_choice_is_undone():
+    pytest.importorskip("bkd_fast._native", reason="the compiled backend is not installed")
+    cpu = torch.device("cpu")
+    assert find("normal_", cpu).__module__ == "bkd_fast.ops.cpp.noise"
+    with use_backend("reference"):
+        assert find("normal_", cpu).__module__ == "bkd_fast.ops.reference.noise"
+    assert find("normal_", cpu).__module__ == "bkd_fast.ops.cpp.noise"
+
+
+def test_unknown_backends_and_devices():
+    with pytest.raises(ValueError, match=r"backend = 'cuda': must be one of \['cpp', 'reference'\]"), use_backend("cuda"):
+        pass
+    with pytest.raises(bkd.BackendUnavailableError, match="no backend for tensors on meta"):
+        find("normal_", torch.device("meta"))
+
+
+def test_without_compiled_kernels_it_runs_and_says_so_once():
+    code = """
+import sys, warnings
+sys.modules["bkd_fast._native"] = None  # as if it had not been built
+import torch, bkd_fast as bkd
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    z = torch.randn(4, 3, requires_grad=True)
+    bkd.KDLoss(2.0)(z, torch.tensor([0, 1, 2, 0]), torch.randn(4, 3)).backward()
+    bkd.SGLD([z], 0.1, num_data=10).step()
+    posterior = bkd.PosteriorPredictive(4, 3)
+    posterior.update_logits(z.detach())
+    assert posterior.mean.sum().item() > 3.9
+ours = [w for w in caught if w.category is bkd.BKDFastWarning]
+assert len(ours) == 1 and "reference backend" in str(ours[0].message) and "g++" in str(ours[0].message), ours
+assert ours[0].filename == "<string>", ours[0].filename
+try:
+    with bkd.ops.use_backend("cpp"):
+        pass
+except bkd.BackendUnavailableError as error:
+    assert "cannot run here" in str(error)
+else:
+    raise AssertionError
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
