@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant("same noise on two steps", SAMPLER, 'group["step"] += 1', 'group["step"] += 0', f"{SGLD_TESTS}::test_one_step_law"),
     Mutant("numbering restarts in each group", SAMPLER, "list(range(self._next_id, self._next_id + len", "list(range(0, len", f"{SGLD_TESTS}::test_groups_keep_numbering_across_add_param_group"),
     Mutant("gradient mutated", SGLD, "        sign = -1.0", "        [g.mul_(1 + decay) for g in launch.gradient]\n        sign = -1.0", f"{SGLD_TESTS}::test_parameters_move_in_place_and_gradients_do_not_change"),
-    Mutant("parameter rebound", LAYOUT, "        theta = parameter\n", "        parameter.data = parameter.data.clone()\n        theta = parameter\n", f"{SGLD_TESTS}::test_parameters_move_in_place_and_gradients_do_not_change"),
+    Mutant("parameter rebound", LAYOUT, "        launch.theta.append(parameter)\n", "        parameter.data = parameter.data.clone()\n        launch.theta.append(parameter)\n", f"{SGLD_TESTS}::test_parameters_move_in_place_and_gradients_do_not_change"),
     Mutant("autograd is not told", LAYOUT, "torch.autograd.graph.increment_version(self.theta)", "pass", f"{SGLD_TESTS}::test_autograd_notices_the_change"),
     Mutant("step lost in state_dict", SAMPLER, "return super().state_dict()", 'state = super().state_dict()\n        state["param_groups"] = [{**g, "step": 0} for g in state["param_groups"]]\n        return state', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("seed lost in state_dict", SAMPLER, "return super().state_dict()", 'state = super().state_dict()\n        state["param_groups"] = [{**g, "seed": 0} for g in state["param_groups"]]\n        return state', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
@@ -101,6 +101,10 @@ def main() -> None:
             if (ROOT / name).is_file():
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, tree / name)
+        for mutant in chosen:
+            count = (tree / mutant.file).read_text().count(mutant.old)
+            if count != 1:
+                sys.exit(f"{mutant.name}: its text occurs {count} times in {mutant.file}")
         print("building the copy and running the tests on it unbroken", flush=True)
         build(tree)
         if not passes(tree, sorted({m.test for m in chosen})):
@@ -109,8 +113,6 @@ def main() -> None:
         for mutant in chosen:
             path = tree / mutant.file
             original = path.read_text()
-            if original.count(mutant.old) != 1:
-                sys.exit(f"{mutant.name}: its text occurs {original.count(mutant.old)} times in {mutant.file}")
             path.write_text(original.replace(mutant.old, mutant.new))
             began = time.perf_counter()
             if mutant.file.startswith("csrc/"):

@@ -7,6 +7,8 @@ The arithmetic, in this order, is the contract (csrc/langevin.h): one fp32 step 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,45 @@ from bkd_fast.ops.registry import find
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+
+@dataclass(frozen=True)
+class LangevinStep:
+    """One SGLD step of tensors of one dtype and device: the operation's arguments, in the order of its schema.
+
+    Attributes:
+        theta: parameters of any shape, dense in memory (`is_dense`); float32, float64, bfloat16 or float16.
+        gradient: gradients of the mean loss, with the shapes, strides and dtype of `theta`.
+        center: the prior's mean, like `theta`; empty for 0.
+        mean, m2: running mean and sum of squared deviations of theta, like `theta` in float32 (float64 for float64);
+            empty for none. Updated with the new theta.
+        nonfinite: bool (len(theta),): entry i is set where gradient i holds a NaN or an infinity; such elements keep their
+            value. None: no check.
+        lr: step size on the mean loss.
+        decay: prior precision over the number of data. (To maximise, negate lr and decay: that rounds as negating the gradient.)
+        sigma: standard deviation of the noise added.
+        seed, chain, step: coordinates of the noise, the same for all tensors.
+        parameters: number of each parameter, a coordinate of the noise.
+        first_elements: index of each tensor's first element in its whole parameter (0 unless it is a shard).
+        draws: how many draws `mean` and `m2` hold after this one.
+    """
+
+    theta: Sequence[Tensor]
+    gradient: Sequence[Tensor]
+    center: Sequence[Tensor]
+    mean: Sequence[Tensor]
+    m2: Sequence[Tensor]
+    nonfinite: Tensor | None
+    lr: float
+    decay: float
+    sigma: float
+    seed: int
+    chain: int
+    step: int
+    parameters: Sequence[int]
+    first_elements: Sequence[int]
+    draws: int
+
+
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
     "langevin_step_(Tensor(a!)[] theta, Tensor[] gradient, Tensor[] center, Tensor(b!)[] mean, Tensor(c!)[] m2, "
@@ -23,50 +64,19 @@ _LIBRARY.define(
     "int[] first_elements, int draws) -> ()"
 )
 _LIBRARY.define("find_nonfinite(Tensor[] tensors) -> Tensor")
+_SEED = [field.name for field in fields(LangevinStep)].index("seed")
 
 
 @torch.library.impl(_LIBRARY, "langevin_step_", "CPU")
-def _step_cpu(
-    theta: list[Tensor],
-    gradient: list[Tensor],
-    center: list[Tensor],
-    mean: list[Tensor],
-    m2: list[Tensor],
-    nonfinite: Tensor | None,
-    lr: float,
-    decay: float,
-    sigma: float,
-    seed: int,
-    chain: int,
-    step: int,
-    parameters: list[int],
-    first_elements: list[int],
-    draws: int,
-) -> None:
-    find("langevin_step_", theta[0].device)(
-        theta, gradient, center, mean, m2, nonfinite, lr, decay, sigma, seed % 2**64, chain, step, parameters,
-        first_elements, draws,
-    )  # fmt: skip
+def _step_cpu(*arguments: Any) -> None:
+    values = list(arguments)
+    values[_SEED] %= 2**64  # a schema's integers are signed
+    s = LangevinStep(*values)
+    find("langevin_step_", s.theta[0].device)(s)
 
 
 @torch.library.register_fake("bkd_fast::langevin_step_", lib=_LIBRARY)
-def _step_fake(
-    theta: list[Tensor],
-    gradient: list[Tensor],
-    center: list[Tensor],
-    mean: list[Tensor],
-    m2: list[Tensor],
-    nonfinite: Tensor | None,
-    lr: float,
-    decay: float,
-    sigma: float,
-    seed: int,
-    chain: int,
-    step: int,
-    parameters: list[int],
-    first_elements: list[int],
-    draws: int,
-) -> None:
+def _step_fake(*arguments: Any) -> None:
     return None
 
 
@@ -86,101 +96,51 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
-def langevin_step_(
-    theta: Sequence[Tensor],
-    gradient: Sequence[Tensor],
-    *,
-    lr: float,
-    decay: float,
-    sigma: float,
-    seed: int,
-    chain: int,
-    step: int,
-    parameters: Sequence[int],
-    first_elements: Sequence[int],
-    center: Sequence[Tensor] = (),
-    mean: Sequence[Tensor] = (),
-    m2: Sequence[Tensor] = (),
-    draws: int = 0,
-    nonfinite: Tensor | None = None,
-) -> None:
-    """One SGLD step of tensors of one dtype and device, in place.
-
-    Args:
-        theta: parameters of any shape, dense in memory (`is_dense`); float32, float64, bfloat16 or float16.
-        gradient: gradients of the mean loss, with the shapes, strides and dtype of `theta`.
-        lr: step size on the mean loss.
-        decay: prior precision over the number of data.
-        sigma: standard deviation of the noise added.
-        seed, chain, step: coordinates of the noise, the same for all tensors.
-        parameters: number of each parameter, a coordinate of the noise.
-        first_elements: index of each tensor's first element in its whole parameter (0 unless it is a shard).
-        center: the prior's mean, like `theta`; empty for 0.
-        mean, m2: running mean and sum of squared deviations of theta, like `theta` in float32 (float64 for float64);
-            empty for none. Updated with the new theta.
-        draws: how many draws `mean` and `m2` hold after this one.
-        nonfinite: bool (len(theta),): entry i is set where gradient i holds a NaN or an infinity; such elements keep their
-            value. None: no check.
+def langevin_step_(s: LangevinStep) -> None:
+    """Check a step and take it, in place.
 
     Raises:
         TypeError: a dtype that is not supported, or that differs from theta's.
         ValueError: lengths, shapes or strides that disagree, a tensor that is not dense, a coordinate out of range.
     """
-    if not theta:
-        return
-    dtype, device = theta[0].dtype, theta[0].device
+    if s.theta:
+        _check(s)
+        unchecked_langevin_step_(s)
+
+
+def unchecked_langevin_step_(s: LangevinStep) -> None:
+    """Take a step whose caller has seen to everything that is checked (a sampler's layout, on every step)."""
+    torch.ops.bkd_fast.langevin_step_(
+        s.theta, s.gradient, s.center, s.mean, s.m2, s.nonfinite, s.lr, s.decay, s.sigma, signed(s.seed), s.chain, s.step,
+        s.parameters, s.first_elements, s.draws,
+    )  # fmt: skip
+
+
+def _check(s: LangevinStep) -> None:
+    dtype, device = s.theta[0].dtype, s.theta[0].device
     if dtype not in DTYPES:
         raise TypeError(f"theta has dtype {dtype}: must be one of {DTYPES}")
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    _check_like("gradient", gradient, theta, dtype)
-    if center:
-        _check_like("center", center, theta, dtype)
-    if mean or m2:
-        _check_like("mean", mean, theta, accumulator)
-        _check_like("m2", m2, theta, accumulator)
-        if draws < 1:
-            raise ValueError(f"draws = {draws}: must be at least 1, the draw being added included")
-    if len(parameters) != len(theta) or len(first_elements) != len(theta):
+    _check_like("gradient", s.gradient, s.theta, dtype)
+    if s.center:
+        _check_like("center", s.center, s.theta, dtype)
+    if s.mean or s.m2:
+        _check_like("mean", s.mean, s.theta, accumulator)
+        _check_like("m2", s.m2, s.theta, accumulator)
+        if s.draws < 1:
+            raise ValueError(f"draws = {s.draws}: must be at least 1, the draw being added included")
+    if len(s.parameters) != len(s.theta) or len(s.first_elements) != len(s.theta):
         raise ValueError(
-            f"parameters and first_elements have {len(parameters)} and {len(first_elements)} entries: "
-            f"must have {len(theta)}, one for each tensor of theta"
+            f"parameters and first_elements have {len(s.parameters)} and {len(s.first_elements)} entries: "
+            f"must have {len(s.theta)}, one for each tensor of theta"
         )
-    for i, tensor in enumerate(theta):
+    for i, (tensor, first) in enumerate(zip(s.theta, s.first_elements, strict=True)):
         if tensor.dtype != dtype or tensor.device != device:
             raise TypeError(f"theta[{i}] is {tensor.dtype} on {tensor.device}: theta[0] is {dtype} on {device}")
         if not is_dense(tensor):
             raise ValueError(f"theta[{i}] has strides {tensor.stride()} for shape {tuple(tensor.shape)}: must be dense")
-        if first_elements[i] + tensor.numel() > LIMITS["element"]:
-            raise ValueError(f"theta[{i}] ends at element {first_elements[i] + tensor.numel()}: the limit is 2**38")
-    unchecked_langevin_step_(
-        theta, gradient, lr=lr, decay=decay, sigma=sigma, seed=seed, chain=chain, step=step, parameters=parameters,
-        first_elements=first_elements, center=center, mean=mean, m2=m2, draws=draws, nonfinite=nonfinite,
-    )  # fmt: skip
-
-
-def unchecked_langevin_step_(
-    theta: Sequence[Tensor],
-    gradient: Sequence[Tensor],
-    *,
-    lr: float,
-    decay: float,
-    sigma: float,
-    seed: int,
-    chain: int,
-    step: int,
-    parameters: Sequence[int],
-    first_elements: Sequence[int],
-    center: Sequence[Tensor] = (),
-    mean: Sequence[Tensor] = (),
-    m2: Sequence[Tensor] = (),
-    draws: int = 0,
-    nonfinite: Tensor | None = None,
-) -> None:
-    """`langevin_step_` for a caller that has seen to everything it checks (a sampler's layout, on every step)."""
-    torch.ops.bkd_fast.langevin_step_(
-        theta, gradient, center, mean, m2, nonfinite, lr, decay, sigma, signed(seed), chain, step, parameters,
-        first_elements, draws,
-    )  # fmt: skip
+        if first + tensor.numel() > LIMITS["element"]:
+            raise ValueError(f"theta[{i}] ends at element {first + tensor.numel()}: the limit is 2**38")
 
 
 def _check_like(name: str, tensors: Sequence[Tensor], theta: Sequence[Tensor], dtype: torch.dtype) -> None:

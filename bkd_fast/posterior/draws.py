@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bkd_fast.posterior.evaluation import evaluating, logits_of_snapshots
+from bkd_fast.posterior.evaluation import Draw, evaluating, logits_of_snapshots
 from bkd_fast.posterior.predictive import PosteriorPredictive
 
 _RECORDS = "bkd_fast.records"  # int64 (keep, 5): run, chain, index, step, arrival + 1; a row of zeros is a free slot
@@ -22,20 +22,11 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", t
 _WINDOW = 32  # draws evaluated before the posterior's cells are updated once
 
 
-class KeptDraw(Protocol):
+class KeptDraw(Draw, Protocol):
     """What `Draws.add` takes: a draw of `bkd_fast.sample`, or anything like it."""
 
     @property
-    def run(self) -> int: ...
-    @property
-    def chain(self) -> int: ...
-    @property
-    def index(self) -> int: ...
-    @property
     def step(self) -> int: ...
-    def snapshot(self) -> Mapping[str, Tensor]:
-        """Copies of what differs between draws, by name."""
-        ...
 
 
 class Draws:

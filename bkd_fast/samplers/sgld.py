@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bkd_fast.ops.langevin import unchecked_langevin_step_
+from bkd_fast.ops.langevin import LangevinStep, unchecked_langevin_step_
 from bkd_fast.samplers.layout import Launch
 from bkd_fast.samplers.sampler import NonFinite, Params, PriorMean, Sampler
 
@@ -90,19 +90,21 @@ class SGLD(Sampler):
         decay = group["weight_decay"] or group["prior_precision"] / num_data
         sign = -1.0 if group["maximize"] else 1.0  # negating lr and decay rounds exactly as negating the gradient
         unchecked_langevin_step_(
-            launch.theta,
-            launch.gradient,
-            lr=sign * lr,
-            decay=sign * decay,
-            sigma=math.sqrt(2 * lr * group["temperature"] / num_data),
-            seed=group["seed"],
-            chain=group["chain"],
-            step=group["step"],
-            parameters=[group["parameter_ids"][index] for index in launch.indices],
-            first_elements=[0] * len(launch.theta),
-            center=center,
-            mean=mean,
-            m2=m2,
-            draws=group["moments"]["draws"] if mean else 0,
-            nonfinite=nonfinite,
+            LangevinStep(
+                theta=launch.theta,
+                gradient=launch.gradient,
+                center=center,
+                mean=mean,
+                m2=m2,
+                nonfinite=nonfinite,
+                lr=sign * lr,
+                decay=sign * decay,
+                sigma=math.sqrt(2 * lr * group["temperature"] / num_data),
+                seed=group["seed"],
+                chain=group["chain"],
+                step=group["step"],
+                parameters=[group["parameter_ids"][index] for index in launch.indices],
+                first_elements=[0] * len(launch.theta),
+                draws=group["moments"]["draws"] if mean else 0,
+            )
         )

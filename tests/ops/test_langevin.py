@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from bkd_fast.ops import use_backend
-from bkd_fast.ops.langevin import DTYPES, find_nonfinite, langevin_step_
+from bkd_fast.ops.langevin import DTYPES, LangevinStep, find_nonfinite, langevin_step_
+
+NOTHING = {"center": (), "mean": (), "m2": (), "nonfinite": None, "draws": 0}
+
+
+def _step(theta, gradient, **settings):
+    langevin_step_(LangevinStep(theta, gradient, **{**NOTHING, **settings}))
+
 
 # empty, scalar, below and above one vector, one noise run, one buffer, one thread's chunk; channels_last; transposed
 SHAPES = [(), (1,), (3,), (0,), (7, 129), (1000,), (64, 3, 3, 3), (17, 31), (70_001,)]
@@ -32,7 +39,7 @@ def _run(dtype, decay, with_center, with_moments, sigma, lr=0.0137, steps=2, che
     nonfinite = torch.zeros(len(theta), dtype=torch.bool) if check else None
     before = [t.data_ptr() for t in theta]
     for draw in range(steps):
-        langevin_step_(
+        _step(
             theta, gradient, lr=lr, decay=decay, sigma=sigma, seed=2**63 + 5, chain=2, step=2**32 - 1 + draw,
             parameters=range(3, 3 + len(theta)), first_elements=FIRST, center=center, mean=mean, m2=m2, draws=draw + 1,
             nonfinite=nonfinite,
@@ -61,9 +68,7 @@ def test_every_option_equals_the_reference(dtype, isa, two_threads):
 def test_without_the_check_values_propagate(isa):
     theta, gradient = [torch.zeros(300)], [torch.zeros(300)]
     gradient[0][7] = torch.nan
-    langevin_step_(
-        theta, gradient, lr=0.1, decay=0.0, sigma=0.1, seed=0, chain=0, step=0, parameters=[0], first_elements=[0]
-    )
+    _step(theta, gradient, lr=0.1, decay=0.0, sigma=0.1, seed=0, chain=0, step=0, parameters=[0], first_elements=[0])
     assert theta[0].isnan().nonzero().flatten().tolist() == [7]
 
 
@@ -72,8 +77,8 @@ def test_negated_lr_and_decay_equal_a_negated_gradient(isa):
     theta, gradient = torch.randn(999, generator=generator), torch.randn(999, generator=generator)
     up, down = theta.clone(), theta.clone()
     settings = {"sigma": 0.1, "seed": 0, "chain": 0, "step": 0, "parameters": [0], "first_elements": [0]}
-    langevin_step_([up], [gradient], lr=-0.1, decay=-0.3, **settings)
-    langevin_step_([down], [-gradient], lr=0.1, decay=0.3, **settings)
+    _step([up], [gradient], lr=-0.1, decay=-0.3, **settings)
+    _step([down], [-gradient], lr=0.1, decay=0.3, **settings)
     assert torch.equal(up, down)
 
 
@@ -99,15 +104,13 @@ def test_half_precision_rounds_to_nearest_even(dtype, isa):
     gradient = torch.randn(every.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     settings = {"decay": 0.0, "sigma": 0.0, "seed": 0, "chain": 0, "step": 0, "parameters": [0], "first_elements": [0]}
     still = every.clone()
-    langevin_step_([still], [torch.zeros_like(every)], lr=1.0, **settings)
+    _step([still], [torch.zeros_like(every)], lr=1.0, **settings)
     assert torch.equal(
         still.view(torch.int16) if dtype.itemsize == 2 else still,
         every.view(torch.int16) if dtype.itemsize == 2 else every,
     )
     moved = every.clone()
-    langevin_step_(
-        [moved], [gradient], lr=0.5, **settings
-    )  # a power of two: the product is exact, one rounding is left
+    _step([moved], [gradient], lr=0.5, **settings)  # a power of two: the product is exact, one rounding is left
     real = torch.float64 if dtype == torch.float64 else torch.float32
     assert torch.equal(moved, (every.to(real) - 0.5 * gradient.to(real)).to(dtype))
 
@@ -153,7 +156,7 @@ def test_bad_arguments_change_nothing(change, error, message):
     arguments = {"theta": [torch.ones(4)], "gradient": [torch.ones(4)], **SETTINGS, **change}
     before = [t.clone() for t in arguments["theta"]]
     with pytest.raises(error, match=message):
-        langevin_step_(arguments.pop("theta"), arguments.pop("gradient"), **arguments)
+        _step(arguments.pop("theta"), arguments.pop("gradient"), **arguments)
     assert all(torch.equal(a, b) for a, b in zip(before, change.get("theta", [torch.ones(4)]), strict=True))
 
 

@@ -20,7 +20,10 @@ def test_the_compiled_backend_is_preferred_and_the_choice_is_undone():
 
 
 def test_unknown_backends_and_devices():
-    with pytest.raises(ValueError, match=r"backend = 'cuda': must be one of \['cpp', 'reference'\]"), use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match=r"backend = 'cuda': must be one of \['cpp', 'reference'\]"),
+        use_backend("cuda"),
+    ):
         pass
     with pytest.raises(bkd.BackendUnavailableError, match="no backend for tensors on meta"):
         find("normal_", torch.device("meta"))

@@ -1,9 +1,12 @@
 """The Langevin step on the CPU: vectorised, threaded over chunks of all tensors."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bkd_fast.ops.cpp import native, threads
+from bkd_fast.ops.langevin import LangevinStep
 from bkd_fast.ops.registry import implements
 
 _NAMES = {
@@ -14,46 +17,30 @@ _NAMES = {
 }
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
 @implements("langevin_step_", "cpp")
-def langevin_step_(
-    theta: list[Tensor],
-    gradient: list[Tensor],
-    center: list[Tensor],
-    mean: list[Tensor],
-    m2: list[Tensor],
-    nonfinite: Tensor | None,
-    lr: float,
-    decay: float,
-    sigma: float,
-    seed: int,
-    chain: int,
-    step: int,
-    parameters: list[int],
-    first_elements: list[int],
-    draws: int,
-) -> None:
+def langevin_step_(s: LangevinStep) -> None:
     native.langevin_step(
-        _addresses(theta),
-        _addresses(gradient),
-        _addresses(center),
-        _addresses(mean),
-        _addresses(m2),
-        [tensor.numel() for tensor in theta],
-        first_elements,
-        parameters,
-        _NAMES[theta[0].dtype],
-        seed=seed,
-        step=step,
-        chain=chain,
-        lr=lr,
-        decay=decay,
-        sigma=sigma,
-        draws=draws,
-        nonfinite=0 if nonfinite is None else nonfinite.data_ptr(),
+        _addresses(s.theta),
+        _addresses(s.gradient),
+        _addresses(s.center),
+        _addresses(s.mean),
+        _addresses(s.m2),
+        [tensor.numel() for tensor in s.theta],
+        s.first_elements,
+        s.parameters,
+        _NAMES[s.theta[0].dtype],
+        seed=s.seed,
+        step=s.step,
+        chain=s.chain,
+        lr=s.lr,
+        decay=s.decay,
+        sigma=s.sigma,
+        draws=s.draws,
+        nonfinite=0 if s.nonfinite is None else s.nonfinite.data_ptr(),
         threads=threads(),
     )
 
