@@ -1,22 +1,17 @@
 """KD energy, forward and backward, against eager torch, one `F.softmax` and an addition of the same bytes.
 
-    pytest benchmarks/bench_kd.py --benchmark-enable     every case apart, by pytest-benchmark
-    python benchmarks/bench_kd.py                        the table of ratios, every row from one interleaved run
-
 Eager is what a script writes, `F.cross_entropy + lambda F.kl_div(log_softmax(z / T), log_softmax(t / T))`, with the
 gradient of `KDLoss(lambda, T)` in scale. All times include autograd and the gradient's allocation; logits are in the
 cold state that cycling through several batches gives. The floor is 12 bytes a logit: read z, read t, write dz; `torch.add`
 moves the same. The arithmetic beside it is two exponentials a logit, some 50 vector instructions for 16 logits.
 """
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interleaved import Contender, Table
 from torch import Tensor
 
 from bkd_fast.distill import KDLoss
@@ -60,70 +55,50 @@ class Batches:
         return torch.add(self.plain[i], self.teacher[i])
 
     def contenders(self) -> dict[str, Callable[[int], object]]:
-        return {"kd_energy": self.kd_energy, "eager": self.eager, "softmax": self.softmax, "add": self.add}
+        return {"KDLoss": self.kd_energy, "eager": self.eager, "softmax": self.softmax, "add": self.add}
 
 
-@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("contender", ["kd_energy", "eager", "softmax", "add"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_kd_energy(benchmark, threads, classes, size, contender):
+def test_kd_energy(benchmark, threads, show, classes, size):
     batches = Batches(classes, size)
-    call = batches.contenders()[contender]
-    turn = iter(range(10**9))
-    benchmark.extra_info["logits"] = batches.size
-    benchmark.pedantic(lambda: call(next(turn) % SETS), rounds=9, warmup_rounds=SETS)
+    contenders = {name: Contender(call, sets=SETS) for name, call in batches.contenders().items()}
+    table = Table(f"KD energy forward + backward, C = {classes:,}, {threads} thread{'s' * (threads > 1)}", "logit")
+    times = table.time(f"{batches.size:,} logits", contenders, batches.size, seconds=3)
+    show(table)
+    benchmark.extra_info["eager / ours"] = times["eager"] / times["KDLoss"]
+    benchmark.extra_info["ours / softmax"] = times["KDLoss"] / times["softmax"]
+    benchmark.pedantic(batches.kd_energy, args=(0,), rounds=3)
 
 
-def times(batches: Batches, rounds: int) -> dict[str, float]:
-    """Median seconds of every contender, taken in turn on every batch."""
-    taken: dict[str, list[float]] = {name: [] for name in batches.contenders()}
-    for turn in range(rounds + 1):
-        for name, call in batches.contenders().items():
-            for i in range(SETS):
-                start = time.perf_counter()
-                call(i)
-                if turn:  # the first turn warms up
-                    taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in taken.items()}
+@pytest.mark.parametrize("prior", ["reverse_kl", "continuous_categorical", "soft labels"])
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_general_energies(benchmark, threads, show, classes, prior):
+    """What goes through the general row kernel, against the same formula in eager torch."""
+    rows = max(1, 1_000_000 // classes)
+    z = (torch.randn(rows, classes) * 3).requires_grad_()
+    t, y = torch.randn(rows, classes) * 3, torch.randint(classes, (rows,))
+    soft = F.softmax(t, -1)
+    loss = KDLoss(STRENGTH, TEMPERATURE, prior="dirichlet" if prior == "soft labels" else prior)
+    target = soft if prior == "soft labels" else y
 
+    def ours(_: int) -> None:
+        z.grad = None
+        loss(z, target, t).backward()
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--isa", help="scalar, avx2 or avx512; the machine's widest otherwise")
-    arguments = parser.parse_args()
-    from bkd_fast import _native as native
+    def eager(_: int) -> None:
+        z.grad = None
+        log_q, log_p = F.log_softmax(z / TEMPERATURE, -1), F.log_softmax(t / TEMPERATURE, -1)
+        if prior == "reverse_kl":
+            term = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        elif prior == "continuous_categorical":
+            term = -(log_q.exp() * log_p).sum(-1).mean()
+        else:
+            term = -(log_p.exp() * log_q).sum(-1).mean()
+        (F.cross_entropy(z, target) + STRENGTH * term).backward()
 
-    if arguments.isa:
-        native.use_isa(arguments.isa)
-    print(f"KD energy forward + backward, fp32, T = {TEMPERATURE:g}, {native.isa()}, threads of {native.threading()}")
-    print(
-        f"{'threads':>7} {'classes':>7} {'logits':>10} {'ns/logit':>9} {'vs eager':>9} {'vs softmax':>10} {'vs add':>7}"
-    )
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for classes in CLASSES:
-            for size in SIZES:
-                if size < classes:
-                    continue
-                batches = Batches(classes, size)
-                taken = times(batches, arguments.rounds)
-                ours = taken["kd_energy"]
-                print(
-                    f"{threads:>7} {classes:>7} {batches.size:>10} {ours / batches.size * 1e9:>9.2f} "
-                    f"{taken['eager'] / ours:>8.1f}x {ours / taken['softmax']:>9.2f}x {ours / taken['add']:>6.2f}x",
-                    flush=True,
-                )
-    print("vs eager: how many times faster. vs softmax, vs add: our time over theirs.")
-
-
-if __name__ == "__main__":
-    main()
+    table = Table(f"KD energy, {prior}, C = {classes:,}, {threads} thread{'s' * (threads > 1)}", "logit")
+    times = table.time(f"{z.numel():,} logits", {"KDLoss": ours, "eager": eager}, z.numel(), seconds=2)
+    show(table)
+    benchmark.extra_info["eager / ours"] = times["eager"] / times["KDLoss"]
+    benchmark.pedantic(ours, args=(0,), rounds=3)
