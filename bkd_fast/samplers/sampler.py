@@ -257,10 +257,10 @@ class Sampler(torch.optim.Optimizer):
         tensors = []
         for index, theta in zip(launch.indices, launch.theta, strict=True):
             state = self.state[group["params"][index]]
+            dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
             if key not in state:
-                dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
                 state[key] = torch.zeros_like(theta, dtype=dtype)
-            state[key] = in_order_of(state[key], theta)
+            state[key] = in_order_of(state[key].to(dtype), theta)  # the kernel trusts the dtype: others may have cast it
             tensors.append(state[key])
         return tensors
 
@@ -269,7 +269,7 @@ class Sampler(torch.optim.Optimizer):
         if "prior_mean" not in self.state.get(params[launch.indices[0]], ()):  # a group has all of them or none
             return []
         means = (self.state[params[index]]["prior_mean"] for index in launch.indices)
-        return [in_order_of(mean, theta) for mean, theta in zip(means, launch.theta, strict=True)]
+        return [in_order_of(mean.to(theta.dtype), theta) for mean, theta in zip(means, launch.theta, strict=True)]
 
     # ---- state ----
 
