@@ -260,7 +260,8 @@ class Sampler(torch.optim.Optimizer):
             dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
             if key not in state:
                 state[key] = torch.zeros_like(theta, dtype=dtype)
-            state[key] = in_order_of(state[key].to(dtype), theta)  # the kernel trusts the dtype: others may have cast it
+            # the kernel trusts the dtype, and others may have cast it
+            state[key] = in_order_of(state[key].to(dtype), theta)
             tensors.append(state[key])
         return tensors
 
