@@ -61,10 +61,10 @@ def demo(overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say which backends and instruction sets work here, and why the others do not
+    """Say which backends and instruction sets work here, and why the others do not.
 
     Exit code 1: one of them gives wrong results.
-    ."""
+    """
     from bkd_fast.app import doctor as diagnosis
 
     console = Console()
@@ -129,8 +129,3 @@ def _summarise(results: "Results", console: Console) -> None:
         f"{results.throughput['steps_per_second']:,.0f} steps/s; {results.timings.total:.0f} s in all.",
         highlight=False,
     )
-
-
-def main() -> None:
-    """Entry point of the `bkd-fast` command."""
-    app()

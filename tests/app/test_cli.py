@@ -105,3 +105,10 @@ def test_importing_the_package_loads_nothing_of_the_application():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_the_command_names_the_extra_it_needs():
+    lacking = "import sys; sys.modules['typer'] = None; from bkd_fast.app.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", lacking], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "bkd-fast needs typer, which the app extra brings: pip install 'bkd_fast[app]'"

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bkd_fast.ops.registry import implements
-from bkd_fast.ops.sketch import CODES_PER_UNIT, TILE_CELLS, Tiles
+from bkd_fast.ops.sketch import CODE_MAX, CODE_MIN, CODES_PER_UNIT, TILE_CELLS, Tiles
 
 Ints = NDArray[np.int64]
 POINTS_PER_BIN = 8  # of the weighted deviance quantile
@@ -145,7 +145,9 @@ def sketch_deviance_quantile(tiles: Tiles, level: float) -> Tensor:
         if row.counting:
             counts, first, last = row.bounds()
             share = (np.arange(POINTS_PER_BIN) + 0.5) / POINTS_PER_BIN
-            codes = (first[..., None] - 0.5 + share * (last - first + 1)[..., None]).ravel()
+            codes = (
+                np.rint(first[..., None] - 0.5 + share * (last - first + 1)[..., None]).clip(CODE_MIN, CODE_MAX).ravel()
+            )
             draws = np.repeat(counts.ravel() / POINTS_PER_BIN, POINTS_PER_BIN)
         else:
             codes, draws = row.codes.ravel().astype(np.float64), np.ones(row.codes.size)
