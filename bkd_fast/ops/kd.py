@@ -144,7 +144,7 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "kd_energy", "CPU")
+@torch.library.impl(_LIBRARY, "kd_energy", "CompositeExplicitAutograd")
 def _energy_cpu(
     logits: Tensor,
     target: Tensor | None,

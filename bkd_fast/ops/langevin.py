@@ -38,6 +38,13 @@ class LangevinStep:
         parameters: number of each parameter, a coordinate of the noise.
         first_elements: index of each tensor's first element in its whole parameter (0 unless it is a shard).
         draws: how many draws `mean` and `m2` hold after this one.
+        master: float32 copies that hold the chain of 16-bit theta, like `theta`: read, stepped, and written to both; empty:
+            theta holds it.
+        noise_table: float32 (256,) for bfloat16 or (32,) for float16, for stochastic rounding of 16-bit theta: the noise's
+            standard deviation by the exponent field of theta, instead of sigma. None: theta is rounded to nearest.
+        scalars: float32 (3,) on theta's device, (lr, decay, sigma): taken instead of the three numbers, so that a CUDA graph
+            that holds the step follows a schedule. None: the numbers.
+        clock: int64 () on theta's device: taken instead of `step`. None: the number.
     """
 
     theta: Sequence[Tensor]
@@ -55,20 +62,24 @@ class LangevinStep:
     parameters: Sequence[int]
     first_elements: Sequence[int]
     draws: int
+    master: Sequence[Tensor] = ()
+    noise_table: Tensor | None = None
+    scalars: Tensor | None = None
+    clock: Tensor | None = None
 
 
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
     "langevin_step_(Tensor(a!)[] theta, Tensor[] gradient, Tensor[] center, Tensor(b!)[] mean, Tensor(c!)[] m2, "
     "Tensor(d!)? nonfinite, float lr, float decay, float sigma, int seed, int chain, int step, int[] parameters, "
-    "int[] first_elements, int draws) -> ()"
+    "int[] first_elements, int draws, Tensor(e!)[] master, Tensor? noise_table, Tensor? scalars, Tensor? clock) -> ()"
 )
 _LIBRARY.define("find_nonfinite(Tensor[] tensors) -> Tensor")
 _SEED = [field.name for field in fields(LangevinStep)].index("seed")
 
 
-@torch.library.impl(_LIBRARY, "langevin_step_", "CPU")
-def _step_cpu(*arguments: Any) -> None:
+@torch.library.impl(_LIBRARY, "langevin_step_", "CompositeExplicitAutograd")
+def _step(*arguments: Any) -> None:
     values = list(arguments)
     values[_SEED] %= 2**64  # a schema's integers are signed
     s = LangevinStep(*values)
@@ -80,8 +91,8 @@ def _step_fake(*arguments: Any) -> None:
     return None
 
 
-@torch.library.impl(_LIBRARY, "find_nonfinite", "CPU")
-def _find_nonfinite_cpu(tensors: list[Tensor]) -> Tensor:
+@torch.library.impl(_LIBRARY, "find_nonfinite", "CompositeExplicitAutograd")
+def _find_nonfinite(tensors: list[Tensor]) -> Tensor:
     found: Tensor = find("find_nonfinite", tensors[0].device)(tensors)
     return found
 
@@ -112,7 +123,7 @@ def unchecked_langevin_step_(s: LangevinStep) -> None:
     """Take a step whose caller has seen to everything that is checked (a sampler's layout, on every step)."""
     torch.ops.bkd_fast.langevin_step_(
         s.theta, s.gradient, s.center, s.mean, s.m2, s.nonfinite, s.lr, s.decay, s.sigma, signed(s.seed), s.chain, s.step,
-        s.parameters, s.first_elements, s.draws,
+        s.parameters, s.first_elements, s.draws, s.master, s.noise_table, s.scalars, s.clock,
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "normal_", "CPU")
-def _normal_cpu(out: Tensor, seed: int, chain: int, step: int, parameter: int, tag: int, first_element: int) -> None:
+@torch.library.impl(_LIBRARY, "normal_", "CompositeExplicitAutograd")
+def _normal(out: Tensor, seed: int, chain: int, step: int, parameter: int, tag: int, first_element: int) -> None:
     find("normal_", out.device)(out, seed % 2**64, chain, step, parameter, tag, first_element)
 
 

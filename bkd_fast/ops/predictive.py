@@ -62,8 +62,8 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "predictive_update_", "CPU")
-def _update_cpu(
+@torch.library.impl(_LIBRARY, "predictive_update_", "CompositeExplicitAutograd")
+def _update(
     logits: Tensor,
     rows: Tensor,
     batch: Tensor,

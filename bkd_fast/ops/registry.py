@@ -5,13 +5,17 @@ Each backend implements the operations under the same names and registers them h
     @implements("normal_", "cpp")
     def normal_(out, stream, offset): ...
 
-`find("normal_", device)` returns the fastest one that can run there. `use_backend("reference")` fixes the choice.
+`find("normal_", device)` returns the one to run there: the user's choice, else the measured winner, else the first that can.
+A choice is `use_backend(...)` around the call, or the environment variable BKD_FAST_BACKEND; it concerns the devices that
+the chosen backend serves, and leaves the others as they are.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,14 +25,36 @@ from bkd_fast.errors import BackendUnavailableError, warn
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of implementations: the device types it serves, and what is missing when it cannot run here."""
+    """A set of implementations.
+
+    Attributes:
+        name: what it is called in `use_backend`.
+        devices: the device types that it serves.
+        diagnose: what is missing here and how to get it, or None. Asked once, and only when a device of its needs it: asking
+            may start CUDA.
+        load: imports its implementations; called before their first use, so that `import bkd_fast` stays light.
+    """
 
     name: str
     devices: tuple[str, ...]
-    missing: str | None = None
+    diagnose: Callable[[], str | None] = lambda: None
+    load: Callable[[], object] = lambda: None
+
+    @cached_property
+    def missing(self) -> str | None:
+        """Why it cannot run here, and what to do; None where it can."""
+        missing = self.diagnose()
+        if missing is None:
+            self.load()
+        return missing
 
 
-# fastest first, for each device type
+# Where more than one backend implements an operation for a device, the first here that can run is taken; this is the
+# benchmarks' verdict (docs/performance.md), not taste. Operations that are not named take the order of `backends()`.
+WINNERS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("predictive_update_", "cuda"): ("cuda", "triton"),
+}
+
 _BACKENDS: dict[str, Backend] = {}
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 _chosen: ContextVar[str | None] = ContextVar("bkd_fast_backend", default=None)
@@ -55,19 +81,24 @@ def implements(operation: str, backend: str) -> Callable[[Callable[..., Any]], C
     return register
 
 
+def check_backend(name: str, spelled: str = "backend") -> None:
+    """Raise if there is no such backend (ValueError), or if it cannot run here (BackendUnavailableError)."""
+    if name not in _BACKENDS:
+        raise ValueError(f"{spelled} = {name!r}: must be one of {sorted(_BACKENDS)}")
+    missing = _BACKENDS[name].missing
+    if missing is not None:
+        raise BackendUnavailableError(f"{spelled} = {name!r} cannot run here: {missing}")
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operation inside the block on the backend `name` ("cpp" or "reference").
+    """Inside the block, run operations on the backend `name` ("cpp", "triton", "cuda", "reference") on devices that it serves.
 
     Raises:
         ValueError: there is no backend of that name.
         BackendUnavailableError: it cannot run here.
     """
-    if name not in _BACKENDS:
-        raise ValueError(f"backend = {name!r}: must be one of {sorted(_BACKENDS)}")
-    missing = _BACKENDS[name].missing
-    if missing is not None:
-        raise BackendUnavailableError(f"backend {name!r} cannot run here: {missing}")
+    check_backend(name)
     token = _chosen.set(name)
     try:
         yield
@@ -79,18 +110,44 @@ def find(operation: str, device: torch.device) -> Callable[..., Any]:
     """The implementation of `operation` for tensors on `device`.
 
     Raises:
-        BackendUnavailableError: no backend serves that device.
+        BackendUnavailableError: no backend serves that device, or the one that was chosen lacks the operation.
+        ValueError: BKD_FAST_BACKEND names no backend.
     """
-    chosen = _chosen.get()
-    for backend in _BACKENDS.values():
-        wanted = backend.name == chosen if chosen is not None else backend.missing is None
-        if wanted and device.type in backend.devices:
-            function = _IMPLEMENTATIONS.get((operation, backend.name))
+    chosen = _chosen.get() or _choice_of_the_environment()
+    if chosen is not None and device.type in _BACKENDS[chosen].devices:
+        candidates: tuple[str, ...] = (chosen,)
+    else:
+        candidates = WINNERS.get((operation, device.type), tuple(_BACKENDS))
+    for name in candidates:
+        backend = _BACKENDS[name]
+        if device.type in backend.devices and backend.missing is None:
+            function = _IMPLEMENTATIONS.get((operation, name))
             if function is not None:
-                if backend.name == "reference" and chosen is None:
+                if name == "reference" and chosen is None:
                     _warn_slow()
                 return function
-    raise BackendUnavailableError(f"{operation} has no backend for tensors on {device}; backends: {sorted(_BACKENDS)}")
+    raise BackendUnavailableError(_why_not(operation, device, candidates))
+
+
+def _choice_of_the_environment() -> str | None:
+    name = os.environ.get("BKD_FAST_BACKEND")
+    if name:
+        check_backend(name, "BKD_FAST_BACKEND")
+    return name or None
+
+
+def _why_not(operation: str, device: torch.device, candidates: tuple[str, ...]) -> str:
+    """What each backend lacks."""
+    reasons = []
+    for name in candidates:
+        backend = _BACKENDS[name]
+        if device.type not in backend.devices:
+            continue
+        reasons.append(f"{name}: {backend.missing or 'it does not have this operation'}")
+    if not reasons:
+        served = sorted({served for backend in _BACKENDS.values() for served in backend.devices})
+        return f"{operation} has no backend for tensors on {device}: must be on one of {served}"
+    return f"{operation} cannot run for tensors on {device}. " + "; ".join(reasons)
 
 
 def _warn_slow() -> None:

@@ -66,8 +66,8 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "sketch_sort_", "CPU")
-def _sort_cpu(counters: Tensor, counts: Tensor, row_cells: int) -> None:
+@torch.library.impl(_LIBRARY, "sketch_sort_", "CompositeExplicitAutograd")
+def _sort(counters: Tensor, counts: Tensor, row_cells: int) -> None:
     find("sketch_sort_", counters.device)(counters, counts, row_cells)
 
 
@@ -76,8 +76,8 @@ def _sort_fake(counters: Tensor, counts: Tensor, row_cells: int) -> None:
     return None
 
 
-@torch.library.impl(_LIBRARY, "sketch_quantile", "CPU")
-def _quantile_cpu(
+@torch.library.impl(_LIBRARY, "sketch_quantile", "CompositeExplicitAutograd")
+def _quantile(
     counters: Tensor, minimum: Tensor, maximum: Tensor, counts: Tensor, row_cells: int, q: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     lower, upper, point = find("sketch_quantile", counters.device)(
@@ -95,8 +95,8 @@ def _quantile_fake(
     return codes, torch.empty_like(codes), counts.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.impl(_LIBRARY, "sketch_deviance_quantile", "CPU")
-def _deviance_cpu(
+@torch.library.impl(_LIBRARY, "sketch_deviance_quantile", "CompositeExplicitAutograd")
+def _deviance(
     counters: Tensor, minimum: Tensor, maximum: Tensor, counts: Tensor, row_cells: int, level: float
 ) -> Tensor:
     tiles = Tiles(counters, minimum, maximum, counts, row_cells)
@@ -111,8 +111,8 @@ def _deviance_fake(
     return counts.new_empty(counts.shape, dtype=torch.float32)
 
 
-@torch.library.impl(_LIBRARY, "sketch_merge_", "CPU")
-def _merge_cpu(
+@torch.library.impl(_LIBRARY, "sketch_merge_", "CompositeExplicitAutograd")
+def _merge(
     counters: Tensor,
     minimum: Tensor,
     maximum: Tensor,

@@ -165,6 +165,6 @@ def test_opcheck():
         return [torch.randn(5), torch.randn(3, 2)]
 
     arguments = (tensors(), tensors(), [], tensors(), tensors(), torch.zeros(2, dtype=torch.bool))
-    arguments += (0.1, 0.01, 0.2, 3, 0, 7, [0, 1], [0, 0], 2)
+    arguments += (0.1, 0.01, 0.2, 3, 0, 7, [0, 1], [0, 0], 2, [], None, None, None)
     torch.library.opcheck(torch.ops.bkd_fast.langevin_step_, arguments)
     torch.library.opcheck(torch.ops.bkd_fast.find_nonfinite, (tensors(),))

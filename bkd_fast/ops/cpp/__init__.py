@@ -10,6 +10,7 @@ from bkd_fast.ops.registry import Backend, add_backend
 __all__ = ["native", "threads"]
 
 native: Any = None
+missing: str | None
 try:
     native = import_module("bkd_fast._native")
 except ImportError as error:
@@ -17,9 +18,9 @@ except ImportError as error:
         f"{error}; reinstall with a C++17 compiler and CMake at hand (Debian: apt install g++ cmake; "
         "pip install --force-reinstall --no-deps bkd_fast) and without BKD_FAST_SKIP_CMAKE"
     )
-    add_backend(Backend("cpp", ("cpu",), missing))
 else:
-    add_backend(Backend("cpp", ("cpu",)))
+    missing = None
+add_backend(Backend("cpp", ("cpu",), lambda: missing))
 
 
 def threads() -> int:
