@@ -1,10 +1,14 @@
 """Fixtures that every test may use."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on CPU tensors
 
 sys.path.insert(0, str(Path(__file__).parent))  # the shared harness: `import stats`
 
