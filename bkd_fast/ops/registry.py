@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ WINNERS: dict[tuple[str, str], tuple[str, ...]] = {
 
 _BACKENDS: dict[str, Backend] = {}
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
+_ENVIRONMENT = os.environ.get("BKD_FAST_BACKEND")
 _chosen: ContextVar[str | None] = ContextVar("bkd_fast_backend", default=None)
 _warned_slow = False
 
@@ -113,14 +114,21 @@ def find(operation: str, device: torch.device) -> Callable[..., Any]:
         BackendUnavailableError: no backend serves that device, or the one that was chosen lacks the operation.
         ValueError: BKD_FAST_BACKEND names no backend.
     """
-    chosen = _chosen.get() or _choice_of_the_environment()
-    if chosen is not None and device.type in _BACKENDS[chosen].devices:
+    return _find(operation, device.type, _chosen.get())
+
+
+@cache  # a step of a small model is little more than look-ups
+def _find(operation: str, device: str, chosen: str | None) -> Callable[..., Any]:
+    if chosen is None and _ENVIRONMENT:
+        check_backend(_ENVIRONMENT, "BKD_FAST_BACKEND")
+        chosen = _ENVIRONMENT
+    if chosen is not None and device in _BACKENDS[chosen].devices:
         candidates: tuple[str, ...] = (chosen,)
     else:
-        candidates = WINNERS.get((operation, device.type), tuple(_BACKENDS))
+        candidates = WINNERS.get((operation, device), tuple(_BACKENDS))
     for name in candidates:
         backend = _BACKENDS[name]
-        if device.type in backend.devices and backend.missing is None:
+        if device in backend.devices and backend.missing is None:
             function = _IMPLEMENTATIONS.get((operation, name))
             if function is not None:
                 if name == "reference" and chosen is None:
@@ -129,19 +137,12 @@ def find(operation: str, device: torch.device) -> Callable[..., Any]:
     raise BackendUnavailableError(_why_not(operation, device, candidates))
 
 
-def _choice_of_the_environment() -> str | None:
-    name = os.environ.get("BKD_FAST_BACKEND")
-    if name:
-        check_backend(name, "BKD_FAST_BACKEND")
-    return name or None
-
-
-def _why_not(operation: str, device: torch.device, candidates: tuple[str, ...]) -> str:
+def _why_not(operation: str, device: str, candidates: tuple[str, ...]) -> str:
     """What each backend lacks."""
     reasons = []
     for name in candidates:
         backend = _BACKENDS[name]
-        if device.type not in backend.devices:
+        if device not in backend.devices:
             continue
         reasons.append(f"{name}: {backend.missing or 'it does not have this operation'}")
     if not reasons:

@@ -1,5 +1,7 @@
 """The dispatch point: what runs where, the explicit choice, and a package without compiled kernels."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -55,3 +57,28 @@ else:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_environment_chooses_for_the_devices_that_the_backend_serves():
+    code = """
+import torch
+from bkd_fast.ops.registry import find
+print(find("normal_", torch.device("cpu")).__module__)
+"""
+
+    def run(name):
+        environment = {**os.environ, "BKD_FAST_BACKEND": name, "TRITON_INTERPRET": "0"}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+    assert run("reference").stdout.strip() == "bkd_fast.ops.reference.noise"
+    assert "BKD_FAST_BACKEND = 'gpu': must be one of" in run("gpu").stderr
+    if not torch.cuda.is_available():
+        assert "BKD_FAST_BACKEND = 'cuda' cannot run here" in run("cuda").stderr
+
+
+def test_a_gpu_backend_says_what_is_missing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert re.search("CUDA device|not installed", bkd.backends()["cuda"].missing)
+    with pytest.raises(bkd.BackendUnavailableError, match="cannot run here"), bkd.use_backend("cuda"):
+        pass
