@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from interleaved import Contender, Table
+from shapes import resnet50
 
 import bkd_fast as bkd
 from bkd_fast import _native as native
@@ -16,18 +17,6 @@ from bkd_fast import _native as native
 NUM_DATA = 50_000
 LR = 1e-3
 SIGMA = math.sqrt(2 * LR / NUM_DATA)
-
-# the parameters of torchvision's ResNet-50: 161 tensors, 25,557,032 elements
-RESNET50 = [(64, 3, 7, 7), (64,), (64,)]
-_inputs = 64
-for _width, _blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-    for _block in range(_blocks):
-        RESNET50 += [(_width, _inputs, 1, 1), (_width,), (_width,), (_width, _width, 3, 3), (_width,), (_width,)]
-        RESNET50 += [(4 * _width, _width, 1, 1), (4 * _width,), (4 * _width,)]
-        if _block == 0:
-            RESNET50 += [(4 * _width, _inputs, 1, 1), (4 * _width,), (4 * _width,)]
-        _inputs = 4 * _width
-RESNET50 += [(1000, 2048), (1000,)]
 
 
 def _parameters(shapes):
@@ -89,7 +78,7 @@ def test_step(benchmark, threads, show, elements):
 @pytest.mark.filterwarnings("ignore:another live sampler")
 def test_many_tensors(benchmark, threads, show):
     """ResNet-50's 161 tensors against one tensor of the same total: what launching costs."""
-    many = _parameters(RESNET50)
+    many = _parameters(resnet50())
     total = sum(p.numel() for p in many)
     assert (len(many), total) == (161, 25_557_032)
     one, small = _parameters([(total,)]), _parameters([(64,)] * 161)
