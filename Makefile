@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt
 
-.PHONY: demo test lint bench mutants format clean help
+.PHONY: demo test lint bench mutants gpu format clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -17,7 +17,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv is missing (Debian: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11 cmake ninja wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" BKD_FAST_SKIP_CMAKE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation -c constraints.txt -e '.[app,test,lint]'
+		--no-build-isolation -c constraints.txt -e '.[app,test,lint,gpu]'
 	@touch $@
 
 # the compiled kernels, again whenever a source changed
@@ -46,6 +46,15 @@ bench: $(VENV)/.built  ## every published CPU figure, with its baseline in the s
 
 mutants: $(VENV)/.built  ## break the samplers in known ways and see each noticed by the test that claims it
 	$(BIN)/python -m tests.mutants
+
+# a GPU machine has its own torch, Triton and CuPy, and often no network: nothing is fetched
+GPU_PYTHON ?= python3
+gpu:  ## on a machine with a GPU: the kernels against the CPU, then every GPU figure with its baselines
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -m pytest tests/gpu
+	@if command -v compute-sanitizer > /dev/null; then compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) tests/gpu/sanitize.py; \
+	else echo "compute-sanitizer is not installed: memory checks left out"; fi
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist *.egg-info bkd_fast/_native*.so

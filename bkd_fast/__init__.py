@@ -7,6 +7,7 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 from bkd_fast import noise, ops
 from bkd_fast.distill import KDLoss
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteError
+from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Draws, PosteriorPredictive
 from bkd_fast.samplers import SGLD
@@ -23,6 +24,7 @@ __all__ = [
     "Draws",
     "Health",
     "KDLoss",
+    "LinearHeadSampler",
     "NonFiniteError",
     "PosteriorPredictive",
     "StepRecord",

@@ -16,6 +16,10 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run here; the message says what is missing and how to get it."""
 
 
+class KernelError(RuntimeError):
+    """A GPU kernel cannot be compiled or loaded; the message names it, the architecture and what the compiler said."""
+
+
 def warn(message: str) -> None:
     """A BKDFastWarning that points at the user's line: the first caller outside this package and torch."""
     frame, level = sys._getframe(1), 2

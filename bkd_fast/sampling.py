@@ -24,6 +24,7 @@ Phase: TypeAlias = Literal["warm_start", "burn_in", "sampling"]
 HEALTH_BATCHES = 16  # minibatches whose gradients' variance is measured, at one point, when sampling begins
 HEALTH_COORDINATES = 4096  # coordinates per group on which it is measured
 NOISE_SHARE_LIMIT = 0.1
+CHECKED_STEPS = 1000  # steps between looks at the loss's recorded errors, which wait for the device
 RECALIBRATION_BATCHES = 32  # training batches from which batch norm statistics are estimated again
 
 
@@ -129,7 +130,8 @@ def sample(
     Raises:
         ValueError: counts out of range, a loss that is no mean, a sampler without parameters of the student, an empty loader,
             a batch of another form.
-        NonFiniteError: as the sampler's rule has it.
+        NonFiniteError: as the sampler's rule has it, and what `loss_fn` raises; on a GPU `loss_fn.check()`, if there is one, is
+            called every 1000 steps and at the end.
     """
     _check_counts(warm_start=warm_start, burn_in=burn_in, thin=thin, num_draws=num_draws)
     if batch_norm not in get_args(BatchNorm):
@@ -195,6 +197,7 @@ class _Loop:
                 yield draw
                 self.enter_sampling_mode()  # the caller may have evaluated the live model
             self.sampler.check()
+            self.check_loss()
             health = Health(noise_share, self.stationarity(start, thin * num_draws))
             for callback in self.callbacks:
                 callback.on_end(health)
@@ -203,10 +206,18 @@ class _Loop:
         energy = self.backward(next(self.batches))
         self.sampler.step()
         self.steps += 1
+        if self.steps % CHECKED_STEPS == 0:
+            self.check_loss()
         bar.advance(phase, energy)
         record = StepRecord(self.steps, phase, energy)
         for callback in self.callbacks:
             callback.on_step(record)
+
+    def check_loss(self) -> None:
+        """The errors that a loss records on a GPU, where raising at once would wait for the device."""
+        check = getattr(self.loss_fn, "check", None)
+        if check is not None:
+            check()
 
     def backward(self, batch: Any) -> Tensor:
         """Gradients of the mean energy of one batch; returns the energy."""

@@ -68,25 +68,31 @@ static bkd::Storage storage_named(const std::string& name) {
 void bind_langevin(py::module_& m) {
   m.def("langevin_step", [](const std::vector<Address>& theta, const std::vector<Address>& gradient,
                             const std::vector<Address>& center, const std::vector<Address>& mean,
-                            const std::vector<Address>& m2, const std::vector<int64_t>& counts,
-                            const std::vector<uint64_t>& first_elements, const std::vector<uint32_t>& parameters,
-                            const std::string& dtype, uint64_t seed, uint64_t step, uint32_t chain, double lr, double decay,
-                            double sigma, int64_t draws, Address nonfinite, int threads) {
+                            const std::vector<Address>& m2, const std::vector<Address>& master,
+                            const std::vector<int64_t>& counts, const std::vector<uint64_t>& first_elements,
+                            const std::vector<uint32_t>& parameters, const std::string& dtype, uint64_t seed, uint64_t step,
+                            uint32_t chain, double lr, double decay, double sigma, int64_t draws, Address noise_table,
+                            Address nonfinite, int threads) {
     std::vector<bkd::LangevinTensor> tensors(theta.size());
     for (size_t t = 0; t < theta.size(); ++t)
       tensors[t] = {pointer(theta[t]), pointer(gradient[t]), center.empty() ? nullptr : pointer(center[t]),
-                    mean.empty() ? nullptr : pointer(mean[t]), m2.empty() ? nullptr : pointer(m2[t]), counts[t],
-                    first_elements[t], parameters[t], nonfinite ? pointer<uint8_t>(nonfinite) + t : nullptr};
+                    mean.empty() ? nullptr : pointer(mean[t]), m2.empty() ? nullptr : pointer(m2[t]),
+                    master.empty() ? nullptr : pointer<float>(master[t]), counts[t], first_elements[t], parameters[t],
+                    nonfinite ? pointer<uint8_t>(nonfinite) + t : nullptr};
     const double inverse_count = draws > 0 ? 1.0 / static_cast<double>(draws) : 0.0;
-    const bkd::LangevinStep s{storage_named(dtype), seed, step, chain, lr, decay, sigma, inverse_count};
+    const bkd::Rounding rounding = noise_table      ? bkd::Rounding::stochastic
+                                   : master.empty() ? bkd::Rounding::nearest
+                                                    : bkd::Rounding::master;
+    const bkd::LangevinStep s{storage_named(dtype), rounding, seed, step, chain, lr, decay, sigma, inverse_count,
+                              pointer<float>(noise_table)};
     py::gil_scoped_release release;
     bkd::langevin_step(tensors, s, threads);
-  }, py::arg("theta"), py::arg("gradient"), py::arg("center"), py::arg("mean"), py::arg("m2"), py::arg("counts"),
-     py::arg("first_elements"), py::arg("parameters"), py::arg("dtype"), py::kw_only(), py::arg("seed"), py::arg("step"),
-     py::arg("chain"), py::arg("lr"), py::arg("decay"), py::arg("sigma"), py::arg("draws"), py::arg("nonfinite"),
-     py::arg("threads"),
-     "One SGLD step of tensors of one dtype; center, mean and m2 may be empty lists; nonfinite is 0 or the address of a byte "
-     "per tensor.");
+  }, py::arg("theta"), py::arg("gradient"), py::arg("center"), py::arg("mean"), py::arg("m2"), py::arg("master"),
+     py::arg("counts"), py::arg("first_elements"), py::arg("parameters"), py::arg("dtype"), py::kw_only(), py::arg("seed"),
+     py::arg("step"), py::arg("chain"), py::arg("lr"), py::arg("decay"), py::arg("sigma"), py::arg("draws"),
+     py::arg("noise_table"), py::arg("nonfinite"), py::arg("threads"),
+     "One SGLD step of tensors of one dtype; center, mean, m2 and master may be empty lists; noise_table is 0 or an address; "
+     "nonfinite is 0 or the address of a byte per tensor.");
   m.def("find_nonfinite", [](const std::vector<Address>& data, const std::vector<int64_t>& counts, const std::string& dtype,
                              int threads) {
     std::vector<const void*> pointers;

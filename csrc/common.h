@@ -1,7 +1,18 @@
 // What every header of element maths needs: host/device markers, explicit fused multiply-add, bit casts.
 #pragma once
+#ifdef __CUDACC_RTC__  // NVRTC has no standard headers, and needs none
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
 #include <cstdint>
 #include <cstring>
+#endif
 
 #ifdef __FAST_MATH__
 #error "bkd_fast: -ffast-math changes the noise and the sketch; build without it"
@@ -9,10 +20,12 @@
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define BKD_HD static __host__ __device__ __forceinline__
+#define BKD_MEMBER __host__ __device__ __forceinline__  // of a class
 #else
 // always_inline and static: each instruction set's translation unit keeps its own copy, so the linker can never
 // hand code compiled for AVX-512 to a machine without it
 #define BKD_HD static inline __attribute__((always_inline))
+#define BKD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace bkd {
@@ -49,6 +62,25 @@ BKD_HD uint32_t as_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
+#endif
+}
+
+BKD_HD float absolute(float x) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(x);
+#else
+  return __builtin_fabsf(x);
+#endif
+}
+
+// a * b in 64 bits
+BKD_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // the plain expression becomes a 64-bit multiplication, which adds products of zeros
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return (uint64_t)a * b;
 #endif
 }
 

@@ -41,11 +41,31 @@ BKD_HD int level_of(int min, int max, int log2_bins) {
 
 BKD_HD int slot_of(int code, int level, int bins) { return (code >> level) & (bins - 1); }
 
-// Adds the counters of a cell with codes min..max at `level` to counters at the coarser `to_level`.
-BKD_HD void rescale(const uint16_t* counters, int min, int max, int level, int to_level, int bins, uint16_t* to) {
+// The slots of one cell in a tile, as if they lay side by side.
+struct Column {
+  uint16_t* first;
+
+  BKD_MEMBER uint16_t& operator[](int slot) const { return first[slot * kTileCells]; }
+};
+
+// Adds the counters of a cell with codes min..max at `level` to counters at the coarser `to_level`. From and To: a Column or a
+// pointer.
+template <class From, class To>
+BKD_HD void rescale(From counters, int min, int max, int level, int to_level, int bins, To to) {
   for (int bin = min >> level; bin <= max >> level; ++bin) {
     uint16_t& target = to[(bin >> (to_level - level)) & (bins - 1)];
     target = (uint16_t)(target + counters[bin & (bins - 1)]);
+  }
+}
+
+// Adds a cell's draws to counters at `level`, which is not finer than the cell's own.
+template <class From, class To>
+BKD_HD void add_at_level(From cell, int count, int min, int max, int log2_bins, int level, To to) {
+  const int bins = 1 << log2_bins;
+  if (count > bins) return rescale(cell, min, max, level_of(min, max, log2_bins), level, bins, to);
+  for (int i = 0; i < count; ++i) {
+    uint16_t& target = to[slot_of((int16_t)cell[i], level, bins)];
+    target = (uint16_t)(target + 1);
   }
 }
 

@@ -40,7 +40,7 @@ BKD_HD Words counter_of(const Stream& s, uint64_t block) {
 
 BKD_HD Words philox(Words c, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = (uint64_t)kPhiloxM0 * c.w[0], p1 = (uint64_t)kPhiloxM1 * c.w[2];
+    const uint64_t p0 = multiply_wide(kPhiloxM0, c.w[0]), p1 = multiply_wide(kPhiloxM1, c.w[2]);
     c = {{(uint32_t)(p1 >> 32) ^ c.w[1] ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c.w[3] ^ k1, (uint32_t)p0}};
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
@@ -68,8 +68,9 @@ struct Pair {
   float z0, z1;
 };
 
-BKD_HD Pair normals_of(uint32_t radius_word, uint32_t angle_word) {
-  const float magnitude = __builtin_fabsf((float)(int32_t)radius_word);
+// -2 ln u of the radius word, u in (0, 1]: at least 2^-42, at most 45.75.
+BKD_HD float radius_squared(uint32_t word) {
+  const float magnitude = absolute((float)(int32_t)word);
   const float m = magnitude > kSmallestM ? magnitude : kSmallestM;
   const uint32_t j = 0x4F000000u - as_bits(m);
   const float y = (float)(int32_t)j;
@@ -77,7 +78,26 @@ BKD_HD Pair normals_of(uint32_t radius_word, uint32_t angle_word) {
   float q = kRadiusQ[6];
   for (int k = 5; k >= 0; --k) q = fma(q, t, kRadiusQ[k]);
   q = fma(q, t, kRadiusEps);
-  const float radius = __builtin_sqrtf(fma(y, kRadiusA, q));
+  return fma(y, kRadiusA, q);
+}
+
+// The square root to nearest, for what radius_squared() returns.
+BKD_HD float radius_root(float x) {
+#if defined(__CUDA_ARCH__)
+  // what the compiler's own square root does for such x, without the test for others: an approximate 1 / sqrt(x), documented to
+  // 2^-22.9, and one correction. Any such approximation gives the rounded root of every radius but four, |word| = 309, 1241789,
+  // 0x1.3f19aap+25 and 0x1.414b38p+30: those need one that is not a unit too large. tests/gpu/test_gpu_radius.py tells.
+  float reciprocal;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  const float root = x * reciprocal;
+  return fma(fma(-root, root, x), 0.5f * reciprocal, root);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+BKD_HD Pair normals_of(uint32_t radius_word, uint32_t angle_word) {
+  const float radius = radius_root(radius_squared(radius_word));
   const float signed_radius = as_float(as_bits(radius) | (radius_word & 0x80000000u));
   const float w = (float)(int32_t)angle_word * 0x1p-32f;
   const float v = w * w;

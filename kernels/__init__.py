@@ -1,1 +1,1 @@
-"""GPU kernels launched from Python (Triton, and CUDA through CuPy). This release computes on CPUs; they come next."""
+"""GPU kernels launched from Python: Triton, and csrc/cuda through CuPy. Nothing here is imported before its first use."""

@@ -19,6 +19,13 @@ except ImportError:
     native = None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only our own warnings are errors. (In pyproject.toml these would import bkd_fast before the lines above.)"""
+    config.addinivalue_line("filterwarnings", "error::bkd_fast.BKDFastWarning")
+    # tests compare runs of one seed on purpose
+    config.addinivalue_line("filterwarnings", "ignore:another live sampler:bkd_fast.BKDFastWarning")
+
+
 @pytest.fixture(params=["reference"] if native is None else native.isas())
 def isa(request: pytest.FixtureRequest):
     """Each instruction set of the compiled backend in turn (the reference alone where there is none)."""

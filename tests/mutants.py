@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 SAMPLER, SGLD, LAYOUT = (f"bkd_fast/samplers/{name}.py" for name in ("sampler", "sgld", "layout"))
+ROUNDING = "bkd_fast/ops/rounding.py"
 ELEMENT, STEP, NOISE = "csrc/langevin.h", "csrc/cpu/langevin.cpp", "csrc/noise.h"
+CAPTURABLE_TESTS = "tests/samplers/test_capturable.py"
+SIXTEEN_TESTS, ROUNDING_TESTS = "tests/samplers/test_sixteen_bits.py", "tests/ops/test_rounding.py"
 SGLD_TESTS, NOISE_TESTS, STEP_TESTS = (
     "tests/samplers/test_sgld.py",
     "tests/ops/test_noise.py",
@@ -33,11 +36,11 @@ class Mutant:
     test: str  # the test that claims to see it
 
 
-SIGMA = 'sigma=math.sqrt(2 * lr * group["temperature"] / num_data)'
+SIGMA = 'sigma = math.sqrt(2 * lr * group["temperature"] / num_data)'
 LAW = f"{SGLD_TESTS}::test_exact_finite_time_law"
 EQUATION = f"{SGLD_TESTS}::test_one_step_is_the_stated_equation"
 MUTANTS = [
-    Mutant("noise standard deviation lr", SGLD, SIGMA, "sigma=lr", LAW),
+    Mutant("noise standard deviation lr", SGLD, SIGMA, "sigma = lr", LAW),
     Mutant("variance lr instead of 2 lr", SGLD, SIGMA, SIGMA.replace("2 * lr", "lr"), LAW),
     Mutant("noise 0.5 % too large", SGLD, SIGMA, SIGMA.replace("math.sqrt", "1.005 * math.sqrt"), LAW),
     Mutant("missing square root", SGLD, SIGMA, SIGMA.replace("math.sqrt", ""), LAW),
@@ -56,8 +59,10 @@ MUTANTS = [
     Mutant("autograd is not told", LAYOUT, "torch.autograd.graph.increment_version(self.theta)", "pass", f"{SGLD_TESTS}::test_autograd_notices_the_change"),
     Mutant("step lost in state_dict", SAMPLER, "return super().state_dict()", 'state = super().state_dict()\n        state["param_groups"] = [{**g, "step": 0} for g in state["param_groups"]]\n        return state', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("seed lost in state_dict", SAMPLER, "return super().state_dict()", 'state = super().state_dict()\n        state["param_groups"] = [{**g, "seed": 0} for g in state["param_groups"]]\n        return state', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
-    Mutant("fp32 moments cast to bf16 on load", SAMPLER, 'for name in ("mean", "m2"):\n                    if name in saved', 'for name in ():\n                    if name in saved', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
+    Mutant("fp32 moments cast to bf16 on load", SAMPLER, 'for name in ("mean", "m2", "master"):\n                    if name in saved', 'for name in ():\n                    if name in saved', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("draws counted once per tensor", SAMPLER, "mean, m2 = self._moments_of(group, launch) if collects", "collects = collects and self._collects(group)\n                mean, m2 = self._moments_of(group, launch) if collects", f"{SGLD_TESTS}::test_moments_are_those_of_the_visited_parameters"),
+    Mutant("frozen noise in a replayed graph", SAMPLER, 'self._clocks[index] += group["lr"] != 0', 'self._clocks[index] += 0', f"{CAPTURABLE_TESTS}::test_steps_equal_those_of_a_plain_sampler"),
+    Mutant("a graph's noise scale forgets the temperature", SGLD, '2 * lr * group["temperature"] / torch', '2 * lr / torch', f"{CAPTURABLE_TESTS}::test_steps_equal_those_of_a_plain_sampler"),
     Mutant("a skipped step uses up noise", SAMPLER, "            self.skipped_steps += 1\n", '            self.skipped_steps += 1\n            self.param_groups[0]["step"] += 1\n', f"{SGLD_TESTS}::test_skip_moves_nothing_and_does_not_use_up_noise"),
     Mutant("the check comes after the first group moved", SAMPLER, "        for _, group, _ in work:\n            check_hyperparameters(group)\n", "", f"{SGLD_TESTS}::test_a_setting_broken_later_is_seen_before_anything_moves"),
     Mutant("warm start is noisy", "bkd_fast/sampling.py", "with _Temperature(self.sampler, 0.0):", "with _Temperature(self.sampler, 1.0):", "tests/test_sampling.py::test_warm_start_ends_exactly_where_sgd_ends"),
@@ -65,6 +70,10 @@ MUTANTS = [
     Mutant("noise 0.5 % too large, in the vector kernel", STEP, "minus_lr = set1((float)-step.lr), decay = set1((float)step.decay), sigma = set1((float)step.sigma)", "minus_lr = set1((float)-step.lr), decay = set1((float)step.decay), sigma = set1(1.005f * (float)step.sigma)", LAW),
     Mutant("chain counters overlap steps", NOISE, "s.chain << 12 | (uint32_t)(s.step >> 32)", "s.chain | (uint32_t)(s.step >> 32)", f"{NOISE_TESTS}::test_noise_known_answers"),
     Mutant("block number cut to 32 bits", NOISE, "(uint32_t)(block >> 32) << 24 | s.parameter", "s.parameter", f"{NOISE_TESTS}::test_noise_known_answers"),
+    Mutant("rounding variance uncorrected", ROUNDING, "return (spacings * torch.maximum(between, beyond)).float()", "return (sigma + 0 * spacings).float()", f"{SIXTEEN_TESTS}::test_the_posterior_of_a_quadratic"),
+    Mutant("rounding by the words of the noise", STEP, "(uint32_t)Tag::stochastic_rounding", "(uint32_t)Tag::langevin", f"{ROUNDING_TESTS}::test_one_step_has_the_law_of_noise_rounded_at_random"),
+    Mutant("rounding carries into infinity", "csrc/half.h", "smaller(magnitude + random, 0x7F7FFFFFu)", "magnitude + random", f"{ROUNDING_TESTS}::test_a_finite_number_never_becomes_infinite"),
+    Mutant("masters cast to bf16 on load", SAMPLER, 'for name in ("mean", "m2", "master"):\n                    if name in saved', 'for name in ("mean", "m2"):\n                    if name in saved', f"{SIXTEEN_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("nine Philox rounds", NOISE, "constexpr int kPhiloxRounds = 10;", "constexpr int kPhiloxRounds = 9;", f"{NOISE_TESTS}::test_philox_known_answers"),
     Mutant("a non-finite gradient moves its element", STEP, "updated = select(nonfinite, old, updated);", "", f"{STEP_TESTS}::test_every_option_equals_the_reference"),
     Mutant("tails draw the noise of the start", STEP, "normals(noise, n, stream, tensor.first_element + (uint64_t)from)", "normals(noise, n, stream, tensor.first_element)", f"{STEP_TESTS}::test_every_option_equals_the_reference"),

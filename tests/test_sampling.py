@@ -283,3 +283,16 @@ def test_three_changed_lines_in_a_plain_loop():
             posterior.update_logits(student(x))
     assert posterior.counts.tolist() == [5] * 64
     torch.testing.assert_close(posterior.mean.sum(-1), torch.ones(64))
+
+
+def test_what_the_loss_has_recorded_is_asked_for_now_and_then_and_at_the_end(monkeypatch):
+    monkeypatch.setattr("bkd_fast.sampling.CHECKED_STEPS", 4)
+    student, teacher, loader, _ = _problem()
+    sampler, loss, checked = _sampler(student), bkd.KDLoss(2.0), []
+    monkeypatch.setattr(loss, "check", lambda: checked.append(sampler.param_groups[0]["step"]))
+    for _ in bkd.sample(
+        student, sampler, loss, loader, teacher=teacher, warm_start=2, thin=2, num_draws=4, progress=False
+    ):
+        pass
+    assert checked == [4, 8, 10]
+    bkd.KDLoss(2.0).check()  # on a CPU there is nothing to tell

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bkd_fast.ops.faults import check_faults
 from bkd_fast.ops.kd import PRIORS, REDUCTIONS, kd_energy
 
 
@@ -134,14 +135,18 @@ class KDLoss(nn.Module):
             ValueError: both or neither of the teacher's forms, shapes or class counts that disagree, targets out of
                 range, rows of probabilities that are none, labels or teachers on masked classes.
             NonFiniteError: a row of logits that holds NaN or +inf, or nothing but -inf.
+            RuntimeError: the first call on a CUDA device is inside a graph's capture.
+
+        On CUDA, where looking at values would wait for the device, shapes and dtypes are checked here and values are not: a
+        row that cannot be used gets energy NaN and gradient 0, and `check` raises its error.
         """
         if teacher_logits is not None and teacher_probs is not None:
             raise ValueError("teacher_logits and teacher_probs are both given: must be one of them")
         teacher = teacher_logits if teacher_probs is None else teacher_probs
         return kd_energy(
             logits,
-            target if target is None else target.detach(),
-            teacher if teacher is None else teacher.detach(),
+            _data(target),
+            _data(teacher),
             mixture_weights=self._weights(logits, teacher),
             prior=self.prior,
             teacher_is_probs=teacher_probs is not None,
@@ -153,12 +158,25 @@ class KDLoss(nn.Module):
             reduction=self.reduction,
         )
 
+    def check(self) -> None:
+        """Raise the error of the first unusable row that any KDLoss has met on a GPU since the last check, once.
+
+        The row's values are in the message as long as the tensors of the last call hold them. Waits for the devices that have
+        computed energies; on a CPU there is nothing to do, as `forward` has raised. `bkd_fast.sample` calls it at its end and
+        every 1000 steps; a training loop of your own does well to do so too.
+
+        Raises:
+            ValueError, NonFiniteError: as `forward` does on a CPU.
+            RuntimeError: a CUDA graph is being captured.
+        """
+        check_faults()
+
     def _weights(self, logits: Tensor, teacher: Tensor | None) -> Tensor | None:
         """The mixture weights as the operation takes them: a tensor, or None for the entropy weights."""
         if self.prior != "mixture" or teacher is None or teacher.dim() != 3 or not len(teacher):
             return None
         if isinstance(self.mixture_weights, Tensor):
-            return self.mixture_weights.detach()
+            return _data(self.mixture_weights)
         if self.mixture_weights == "uniform":
             return torch.full((len(teacher),), 1 / len(teacher), device=logits.device)
         return None
@@ -168,6 +186,11 @@ class KDLoss(nn.Module):
             f"prior_strength={self.prior_strength:g}, temperature={self.temperature:g}, "
             f"label_weight={self.label_weight:g}, prior={self.prior!r}, reduction={self.reduction!r}"
         )
+
+
+def _data(tensor: Tensor | None) -> Tensor | None:
+    """Without its graph; itself where there is none, so that `check` may find it again."""
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:

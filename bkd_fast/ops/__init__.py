@@ -7,7 +7,7 @@ from importlib import import_module
 
 from bkd_fast.ops.registry import backends, use_backend
 
-OPERATIONS = ("noise", "langevin", "kd", "sketch", "predictive")
+OPERATIONS = ("noise", "langevin", "kd", "sketch", "predictive", "head")
 BACKENDS = ("cpp", "triton", "cuda", "reference")  # preferred first
 
 for _backend in BACKENDS:

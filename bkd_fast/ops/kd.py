@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bkd_fast.errors import NonFiniteError
+from bkd_fast.ops.faults import Fault, Form, Inputs, error_of, records, register_of
 from bkd_fast.ops.registry import find
 
 PRIORS = ("dirichlet", "continuous_categorical", "reverse_kl", "mixture")
@@ -27,9 +27,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Problem:
     """What a backend is given: checked, contiguous tensors and the settings.
 
-    A backend returns `(energy, gradient, bad_row, fault)`: the energies (chains, rows), or their sum where `summed`,
-    in `accumulator`; `scale` times their gradient, like `logits`; and the first unusable row, counted through the
-    chains, with the name of its fault (`FAULTS`), or -1 and "".
+    A backend returns `(energy, gradient, bad_row, fault)`: the energies (chains, rows), or where `summed` `total_factor`
+    times their sum, a number or a tensor, in `accumulator`; `scale` times their gradient, like `logits`; and the first
+    unusable row, counted through the chains, with the name of its fault (`faults.FAULTS`), or -1 and "". Where there is a
+    `register`, the fault goes there with the `stamp`, nothing waits for the device, and what is returned is -1 and "".
     """
 
     logits: Tensor  # (chains, rows, classes)
@@ -46,6 +47,9 @@ class Problem:
     ignore_index: int
     scale: float
     summed: bool
+    total_factor: float = 1.0
+    register: Tensor | None = None  # int64 (1,)
+    stamp: int = 0
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -71,65 +75,6 @@ def sum_tolerance(probabilities: Tensor | None) -> float:
     return 1e-2 if half else 1e-3
 
 
-# Each fault of csrc/kd.h: the error's type, the argument to blame, and what is allowed.
-FAULTS: dict[str, tuple[type[Exception], str, str]] = {
-    "logits_not_finite": (NonFiniteError, "logits", "must be finite, or -inf where a class is masked"),
-    "logits_all_masked": (NonFiniteError, "logits", "must have at least one class that is not masked by -inf"),
-    "teacher_not_finite": (NonFiniteError, "teacher", "must be finite, or -inf where a class is masked"),
-    "teacher_all_masked": (NonFiniteError, "teacher", "must have at least one class that is not masked by -inf"),
-    "teacher_not_probabilities": (ValueError, "teacher", "must be probabilities: not negative, with sum 1"),
-    "teacher_on_masked_class": (ValueError, "teacher", "must give no probability to a class whose logit is -inf"),
-    "teacher_excludes_class": (
-        ValueError,
-        "teacher",
-        "must give every class that logits do not mask some probability: this prior takes its logarithm",
-    ),
-    "weights_not_probabilities": (ValueError, "mixture_weights", "must be probabilities: not negative, with sum 1"),
-    "target_out_of_range": (ValueError, "target", "must be a class"),
-    "target_not_probabilities": (ValueError, "target", "must be probabilities: not negative, with sum 1"),
-    "target_on_masked_class": (ValueError, "target", "must not be on a class whose logit is -inf"),
-}
-
-
-def _raise_fault(p: Problem, bad_row: int, fault: str, leading: torch.Size) -> None:
-    """Raise the error of `fault`, naming the argument, the row and its value."""
-    error, argument, allowed = FAULTS[fault]
-    rows = p.logits.shape[1]
-    chain, row = divmod(bad_row, rows)
-    where, value = f"{argument}[{row}]", None
-    if argument == "logits":
-        index: list[int] = []
-        for size in reversed(leading):
-            chain, i = divmod(chain, size)
-            index.insert(0, i)
-        where, value = f"logits{[*index, row]}", p.logits.reshape(*leading, *p.logits.shape[1:])[(*index, row)]
-    elif argument == "teacher" and p.teacher is not None:
-        name = "teacher_probs" if p.teacher_is_probs else "teacher_logits"
-        one = p.teacher.shape[0] == 1
-        where, value = (f"{name}[{row}]", p.teacher[0, row]) if one else (f"{name}[:, {row}]", p.teacher[:, row])
-    elif argument == "mixture_weights" and p.weights is not None:
-        where, value = (
-            ("mixture_weights", p.weights) if p.weights.dim() == 1 else (f"mixture_weights[{row}]", p.weights[row])
-        )
-    elif p.labels is not None:
-        value = p.labels[row]
-        if fault == "target_out_of_range":
-            allowed = f"must be a class in [0, {p.logits.shape[2]}) or ignore_index = {p.ignore_index}"
-    elif p.soft is not None:
-        value = p.soft[row]
-    raise error(f"{where} = {_shown(value)}: {allowed}")
-
-
-def _shown(value: Tensor | None) -> str:
-    """A row's values, shortened in the middle."""
-    if value is None or value.dim() == 0:
-        return str(None if value is None else value.item())
-    if value.dim() > 1:
-        return "[" + ", ".join(_shown(row) for row in value) + "]"
-    numbers = [f"{x:.6g}" for x in value.tolist()]
-    return "[" + ", ".join(numbers if len(numbers) <= 12 else [*numbers[:6], "...", *numbers[-5:]]) + "]"
-
-
 def _folds_scale(dtype: torch.dtype) -> bool:
     """Whether the gradient is stored with the mean's 1 / rows in it: in float16 that could underflow."""
     return dtype != torch.float16
@@ -145,7 +90,7 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "kd_energy", "CompositeExplicitAutograd")
-def _energy_cpu(
+def _energy_of(
     logits: Tensor,
     target: Tensor | None,
     teacher: Tensor | None,
@@ -159,12 +104,19 @@ def _energy_cpu(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    leading, (rows, classes) = logits.shape[:-2], logits.shape[-2:]
+    rows, classes = logits.shape[-2:]
     count = logits.numel() // classes
     inverse = 1.0 / count if reduction == "mean" else 1.0
     hard = target is not None and not target.is_floating_point()
     if prior_strength == 0:
         teacher, mixture_weights = None, None
+    form = Form(
+        teacher_is_probs=teacher_is_probs,
+        several_teachers=teacher is not None and teacher.dim() == 3 and teacher.shape[0] > 1,
+        weights_per_row=mixture_weights is not None and mixture_weights.dim() == 2,
+    )
+    inputs = Inputs(logits, target, teacher, mixture_weights, ignore_index)
+    register = register_of(logits.device) if records(logits.device) else None
     problem = Problem(
         logits=logits.reshape(-1, rows, classes).contiguous(),
         labels=target.contiguous() if target is not None and hard else None,
@@ -180,13 +132,19 @@ def _energy_cpu(
         ignore_index=ignore_index,
         scale=inverse if _folds_scale(logits.dtype) else 1.0,
         summed=reduction != "none",
+        total_factor=inverse,
+        register=register.word if register is not None else None,
+        stamp=register.begin(form, inputs) if register is not None else 0,
     )
     energy, gradient, bad_row, fault = find("kd_energy", logits.device)(problem)
     if bad_row >= 0:
-        _raise_fault(problem, bad_row, fault, leading)
+        raise error_of(Fault(fault, bad_row // rows, bad_row % rows, 0, form), inputs)
+    gradient = gradient.reshape(logits.shape)
     if reduction == "none":
-        return energy.reshape(logits.shape[:-1]), gradient.reshape(logits.shape)
-    return torch.tensor(energy * inverse, dtype=problem.accumulator), gradient.reshape(logits.shape)
+        return energy.reshape(logits.shape[:-1]), gradient
+    if not isinstance(energy, Tensor):
+        energy = torch.tensor(energy, dtype=problem.accumulator)
+    return energy, gradient
 
 
 @torch.library.register_fake("bkd_fast::kd_energy", lib=_LIBRARY)
@@ -199,6 +157,7 @@ def _energy_fake(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, reduction = inputs[0], inputs[-1]
     ctx.set_materialize_grads(False)
+    ctx.private = False  # whether nobody but the graph has the gradient
     ctx.save_for_backward(output[1])
     ctx.inputs = len(inputs)
     # what the saved gradient lacks of the loss's
@@ -216,23 +175,32 @@ def _backward(ctx: Any, grad_energy: Tensor | None, grad_gradient: Tensor | None
         return None, *nothing
     (gradient,) = ctx.saved_tensors
     if grad_energy.dim() == 0:
-        if ctx.rest == 1 and _may_hand_over(grad_energy):
+        if ctx.private and _is_last_use(grad_energy) and _scaled(gradient, grad_energy, ctx.rest):
             return gradient, *nothing
         return gradient * (grad_energy / ctx.rest), *nothing
     return gradient * grad_energy.unsqueeze(-1).to(gradient.dtype), *nothing
 
 
-def _may_hand_over(grad_energy: Tensor) -> bool:
-    """Whether the saved gradient is the answer itself, untouched: the incoming one is a plain number on the CPU, is 1,
-    and this is the graph's last use, so that nobody sees the buffer again."""
+def _is_last_use(grad_energy: Tensor) -> bool:
+    """Whether nobody sees the saved gradient again, so that it may become the answer itself: the incoming one is a plain
+    number, and this is the graph's last use."""
     return (
         type(grad_energy) is Tensor
-        and grad_energy.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(grad_energy)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and grad_energy.item() == 1.0
     )
+
+
+def _scaled(gradient: Tensor, grad_energy: Tensor, rest: int) -> bool:
+    """Whether `gradient` now is what it was times `grad_energy` / `rest`. A factor of 1, the usual one, costs no pass over it:
+    on a CPU a look says so, and a GPU looks itself."""
+    if grad_energy.device.type == "cpu":
+        return rest == 1 and grad_energy.item() == 1.0
+    if grad_energy.device == gradient.device:
+        find("kd_scale_", gradient.device)(gradient, grad_energy, rest)
+        return True
+    return False
 
 
 def _setup_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -296,9 +264,9 @@ def _vmap_of_operation(
 def _eager(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The operation past torch's dispatcher, which costs more than a small batch, where nothing there would see it."""
     logits = arguments[0]
-    plain = logits.device.type == "cpu" and type(logits) in (Tensor, torch.nn.Parameter)
+    plain = logits.device.type in ("cpu", "cuda") and type(logits) in (Tensor, torch.nn.Parameter)
     if plain and not torch._C._len_torch_dispatch_stack():
-        return _energy_cpu(*arguments)
+        return _energy_of(*arguments)
     energy, gradient = torch.ops.bkd_fast.kd_energy(*arguments)
     return energy, gradient
 
@@ -310,6 +278,7 @@ class _Energy(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         energy, gradient = _eager(*arguments)
         _setup_context(ctx, arguments, (energy, gradient))
+        ctx.private = True
         return energy, gradient
 
     @staticmethod
@@ -371,6 +340,9 @@ def kd_energy(
         TypeError: a dtype that is not supported.
         ValueError: shapes or class counts that disagree, or targets, teachers or weights out of range.
         NonFiniteError: logits of a row that are NaN, +inf, or -inf throughout.
+
+    On CUDA values are not looked at here, as that would wait for the device: an unusable row gets energy NaN and gradient 0,
+    and `faults.check_faults` raises. The first call on a device must not be inside a CUDA graph's capture (RuntimeError).
     """
     _check(logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength)
     energy: Tensor

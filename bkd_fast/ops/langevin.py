@@ -7,7 +7,7 @@ The arithmetic, in this order, is the contract (csrc/langevin.h): one fp32 step 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bkd_fast.ops.noise import LIMITS, signed
 from bkd_fast.ops.registry import find
+from bkd_fast.ops.rounding import TABLE_SIZES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,9 +42,11 @@ class LangevinStep:
         master: float32 copies that hold the chain of 16-bit theta, like `theta`: read, stepped, and written to both; empty:
             theta holds it.
         noise_table: float32 (256,) for bfloat16 or (32,) for float16, for stochastic rounding of 16-bit theta: the noise's
-            standard deviation by the exponent field of theta, instead of sigma. None: theta is rounded to nearest.
-        scalars: float32 (3,) on theta's device, (lr, decay, sigma): taken instead of the three numbers, so that a CUDA graph
-            that holds the step follows a schedule. None: the numbers.
+            standard deviation by the exponent field that theta has before the noise, instead of sigma (csrc/langevin.h;
+            `rounding.noise_table` makes it). None: theta is rounded to nearest. Not with a master.
+        scalars: (3,) on theta's device, (lr, decay, sigma) in the type of the arithmetic (float64 for float64 theta, else
+            float32): taken instead of the three numbers, so that a CUDA graph that holds the step follows a schedule. The
+            numbers still say by being 0 that there is no prior (decay) or no noise (sigma). None: the numbers.
         clock: int64 () on theta's device: taken instead of `step`. None: the number.
     """
 
@@ -67,6 +70,22 @@ class LangevinStep:
     scalars: Tensor | None = None
     clock: Tensor | None = None
 
+    def with_numbers(self) -> "LangevinStep":
+        """The same step with `scalars` and `clock` read, for backends whose tensors the host may read at no cost."""
+        if self.scalars is None and self.clock is None:
+            return self
+        lr, decay, sigma = (self.lr, self.decay, self.sigma) if self.scalars is None else self.scalars.tolist()
+        step = self.step if self.clock is None else int(self.clock)
+        return replace(
+            self,
+            lr=lr,
+            decay=decay if self.decay != 0 else 0.0,
+            sigma=sigma if self.sigma != 0 else 0.0,
+            step=step,
+            scalars=None,
+            clock=None,
+        )
+
 
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -75,6 +94,7 @@ _LIBRARY.define(
     "int[] first_elements, int draws, Tensor(e!)[] master, Tensor? noise_table, Tensor? scalars, Tensor? clock) -> ()"
 )
 _LIBRARY.define("find_nonfinite(Tensor[] tensors) -> Tensor")
+_PLAIN = {Tensor, torch.nn.Parameter}
 _SEED = [field.name for field in fields(LangevinStep)].index("seed")
 
 
@@ -112,7 +132,7 @@ def langevin_step_(s: LangevinStep) -> None:
 
     Raises:
         TypeError: a dtype that is not supported, or that differs from theta's.
-        ValueError: lengths, shapes or strides that disagree, a tensor that is not dense, a coordinate out of range.
+        ValueError: lengths, shapes, strides or devices that disagree, a tensor that is not dense, a coordinate out of range.
     """
     if s.theta:
         _check(s)
@@ -121,10 +141,24 @@ def langevin_step_(s: LangevinStep) -> None:
 
 def unchecked_langevin_step_(s: LangevinStep) -> None:
     """Take a step whose caller has seen to everything that is checked (a sampler's layout, on every step)."""
+    if _is_plain(s.theta) and _is_plain(s.gradient):
+        find("langevin_step_", s.theta[0].device)(s)
+        return
     torch.ops.bkd_fast.langevin_step_(
         s.theta, s.gradient, s.center, s.mean, s.m2, s.nonfinite, s.lr, s.decay, s.sigma, signed(s.seed), s.chain, s.step,
         s.parameters, s.first_elements, s.draws, s.master, s.noise_table, s.scalars, s.clock,
     )  # fmt: skip
+
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing in torch's dispatcher would see an operation on these: going past it spares the conversion of hundreds of
+    tensors, which costs more than their launch."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and set(map(type, tensors)) <= _PLAIN
+    )
 
 
 def _check(s: LangevinStep) -> None:
@@ -140,6 +174,16 @@ def _check(s: LangevinStep) -> None:
         _check_like("m2", s.m2, s.theta, accumulator)
         if s.draws < 1:
             raise ValueError(f"draws = {s.draws}: must be at least 1, the draw being added included")
+    _check_rounding(s, dtype, device)
+    for name, tensor, shape, wanted in (
+        ("nonfinite", s.nonfinite, (len(s.theta),), torch.bool),
+        ("scalars", s.scalars, (3,), accumulator),
+        ("clock", s.clock, (), torch.int64),
+    ):
+        if tensor is not None and (tensor.dtype != wanted or tensor.device != device):
+            raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: must be {wanted} on {device}")
+        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape} and contiguous")
     if len(s.parameters) != len(s.theta) or len(s.first_elements) != len(s.theta):
         raise ValueError(
             f"parameters and first_elements have {len(s.parameters)} and {len(s.first_elements)} entries: "
@@ -154,12 +198,33 @@ def _check(s: LangevinStep) -> None:
             raise ValueError(f"theta[{i}] ends at element {first + tensor.numel()}: the limit is 2**38")
 
 
+def _check_rounding(s: LangevinStep, dtype: torch.dtype, device: torch.device) -> None:
+    for name, given in (("master", bool(s.master)), ("noise_table", s.noise_table is not None)):
+        if given and dtype not in TABLE_SIZES:
+            raise TypeError(f"{name} is given for theta of {dtype}: it is for {tuple(TABLE_SIZES)} only")
+    if s.master:
+        _check_like("master", s.master, s.theta, torch.float32)
+        if s.noise_table is not None:
+            raise ValueError("master and noise_table are both given: a master's rounding is to nearest")
+    if s.noise_table is not None:
+        table = s.noise_table
+        if table.dtype != torch.float32 or table.device != device:
+            raise TypeError(f"noise_table is {table.dtype} on {table.device}: must be torch.float32 on {device}")
+        if table.shape != (TABLE_SIZES[dtype],) or not table.is_contiguous():
+            raise ValueError(
+                f"noise_table has shape {tuple(table.shape)} and strides {table.stride()}: must be contiguous "
+                f"({TABLE_SIZES[dtype]},), an entry for each exponent field of {dtype}"
+            )
+
+
 def _check_like(name: str, tensors: Sequence[Tensor], theta: Sequence[Tensor], dtype: torch.dtype) -> None:
     if len(tensors) != len(theta):
         raise ValueError(f"{name} has {len(tensors)} tensors: theta has {len(theta)}")
     for i, (tensor, like) in enumerate(zip(tensors, theta, strict=True)):
         if tensor.dtype != dtype:
             raise TypeError(f"{name}[{i}] has dtype {tensor.dtype}: must be {dtype}")
+        if tensor.device != like.device:
+            raise ValueError(f"{name}[{i}] is on {tensor.device}: must be on {like.device}, as theta[{i}]")
         if tensor.shape != like.shape or not same_order(tensor, like):
             raise ValueError(
                 f"{name}[{i}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
@@ -174,5 +239,9 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 def find_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
     """For each tensor (dense, one dtype and device): whether it holds a NaN or an infinity. Returns bool (len(tensors),)."""
-    found: Tensor = torch.ops.bkd_fast.find_nonfinite(tensors)
+    found: Tensor
+    if _is_plain(tensors):
+        found = find("find_nonfinite", tensors[0].device)(tensors)
+    else:
+        found = torch.ops.bkd_fast.find_nonfinite(tensors)
     return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.ops.registry import find
-from bkd_fast.ops.sketch import TILE_CELLS, Tiles, check_room, empty_tiles
+from bkd_fast.ops.sketch import MAX_COUNT, TILE_CELLS, Tiles, check_room, empty_tiles, tiles_on
 
 MAX_WINDOW = 64  # draws of one kernel call
 SMALLEST_REFERENCE = 2.0**-126
@@ -31,8 +31,8 @@ class PredictiveState(NamedTuple):
     divergence: Tensor  # float64 (rows,): sum of KL(p || reference)
 
 
-def empty_state(rows: int, classes: int, bins: int) -> PredictiveState:
-    """A state without draws.
+def empty_state(rows: int, classes: int, bins: int, device: torch.device | None = None) -> PredictiveState:
+    """A state without draws, on `device` (None: torch's default).
 
     Raises:
         ValueError: fewer than two classes, a negative number of rows, or bins other than 64 and 128.
@@ -41,17 +41,32 @@ def empty_state(rows: int, classes: int, bins: int) -> PredictiveState:
         raise ValueError(f"num_rows = {rows}: must not be negative")
     if classes < 2:
         raise ValueError(f"num_classes = {classes}: must be at least 2")
-    tiles = empty_tiles(rows, classes, bins)
+    tiles = empty_tiles(rows, classes, bins, device)
     cells = tiles.counters.shape[0] * TILE_CELLS
     return PredictiveState(
         tiles,
-        torch.zeros(cells),
-        torch.zeros(cells),
-        torch.zeros(cells),
-        torch.zeros(rows, dtype=torch.int32),
-        torch.zeros(rows, dtype=torch.float64),
-        torch.zeros(rows, dtype=torch.float64),
+        torch.zeros(cells, device=device),
+        torch.zeros(cells, device=device),
+        torch.zeros(cells, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.float64, device=device),
+        torch.zeros(rows, dtype=torch.float64, device=device),
     )
+
+
+def state_on(state: PredictiveState, device: torch.device) -> PredictiveState:
+    """The state on `device`: itself where it is there, else a copy."""
+    tiles, mean, m2, reference, *of_rows = state
+    of_cells = mean.to(device), m2.to(device), reference.to(device)
+    invalid, entropy, divergence = (array.to(device) for array in of_rows)
+    return PredictiveState(tiles_on(tiles, device), *of_cells, invalid, entropy, divergence)
+
+
+class Rows(NamedTuple):
+    """The rows of a batch, checked, on the state's device."""
+
+    order: Tensor  # int64 (B,): rows of the state, ascending; one that is left out is num_rows
+    batch: Tensor  # int64 (B,): the batch row of each
 
 
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
@@ -102,40 +117,47 @@ def _update_fake(
     return None
 
 
-def predictive_update_(state: PredictiveState, logits: Tensor, rows: Tensor | None = None) -> None:
+def predictive_update_(
+    state: PredictiveState, logits: Tensor, rows: Tensor | Rows | None = None, *, most: int | None = None
+) -> None:
     """Add W draws of logits for a batch of rows, in place.
 
     Args:
         state: of (rows, C) cells.
-        logits: float32 (W, B, C). -inf is a masked class (p = 0). A row of a draw that holds NaN or +inf, or nothing
-            but -inf, is excluded and counted in `state.invalid`.
-        rows: int64 (B,), the row of each batch row, each at most once; None: 0 .. rows-1, and B must be all rows.
+        logits: float32 (W, B, C), on the state's device. -inf is a masked class (p = 0). A row of a draw that holds NaN or
+            +inf, or nothing but -inf, is excluded and counted in `state.invalid`.
+        rows: int64 (B,), the row of each batch row, each at most once, or what `sorted_rows` made of it; None: 0 .. rows-1, and
+            B must be all rows.
+        most: no row holds more draws than this; None: looked up, which waits for a GPU.
 
     Raises:
         TypeError: dtypes other than these.
-        ValueError: shapes that disagree, rows out of range or repeated, more than 65,535 draws in a row. Nothing is
+        ValueError: shapes or devices that disagree, rows out of range or repeated, more than 65,535 draws in a row. Nothing is
             changed then.
     """
-    num_rows, classes = state.tiles.counts.numel(), state.tiles.row_cells
+    num_rows, classes, device = state.tiles.counts.numel(), state.tiles.row_cells, state.mean.device
     if logits.dtype != torch.float32:
         raise TypeError(f"logits have dtype {logits.dtype}: must be torch.float32")
     if logits.dim() != 3 or logits.shape[2] != classes:
         raise ValueError(f"logits have shape {tuple(logits.shape)}: must be (draws, rows, {classes})")
-    size = logits.shape[1]
+    if logits.device != device:
+        raise ValueError(f"logits are on {logits.device}: must be on {device}, where the state is")
+    draws, size = logits.shape[:2]
     if rows is None:
         if size != num_rows:
             raise ValueError(
                 f"logits have {size} rows and rows = None: must be all {num_rows} rows, or rows must name them"
             )
-        order = batch = torch.arange(num_rows)
-        check_room(state.tiles.counts, logits.shape[0])
+        every = torch.arange(num_rows, device=device)
+        order, batch = every, every
     else:
-        order, batch = _sorted_rows(rows, size, num_rows)
-        check_room(state.tiles.counts[order], logits.shape[0])
+        order, batch = rows if isinstance(rows, Rows) else sorted_rows(rows, size, num_rows, device)
+    if most is None or most + draws > MAX_COUNT:
+        check_room(state.tiles.counts if rows is None else state.tiles.counts[order[order < num_rows]], draws)
     if size == 0:
         return
     logits = logits.detach().contiguous()
-    windows = -(-logits.shape[0] // MAX_WINDOW)
+    windows = -(-draws // MAX_WINDOW)
     for window in logits.tensor_split(windows) if windows > 1 else [logits] * windows:
         torch.ops.bkd_fast.predictive_update_(
             window, order, batch, *state.tiles[:4], state.mean, state.m2, state.reference, state.invalid, state.entropy,
@@ -143,18 +165,49 @@ def predictive_update_(state: PredictiveState, logits: Tensor, rows: Tensor | No
         )  # fmt: skip
 
 
-def _sorted_rows(rows: Tensor, size: int, num_rows: int) -> tuple[Tensor, Tensor]:
+def sorted_rows(rows: Tensor, size: int, num_rows: int, device: torch.device, faults: Tensor | None = None) -> Rows:
+    """Check the row ids of a batch of `size` rows, and sort them.
+
+    Args:
+        rows: int64 (size,).
+        device: the state's.
+        faults: int64 (2,) on that device, where faults are recorded instead of raised if the rows are on a GPU, so that nothing
+            waits for it: how many ids were left out because they are out of range or repeated (every copy), and one of them.
+            None: they are looked at on the host.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape; ids out of range or repeated, where they are not recorded.
+    """
     if rows.dtype != torch.int64:
         raise TypeError(f"rows has dtype {rows.dtype}: must be torch.int64")
     if rows.shape != (size,):
         raise ValueError(f"rows has shape {tuple(rows.shape)}: must be ({size},), one row for each row of logits")
-    order, batch = rows.detach().cpu().sort()
-    if size == 0:
-        return order, batch
-    if int(order[0]) < 0 or int(order[-1]) >= num_rows:
-        wrong = int(order[0]) if int(order[0]) < 0 else int(order[-1])
-        raise ValueError(f"rows holds {wrong}: must be in 0 .. {num_rows - 1}")
-    repeated = order[1:][order[1:] == order[:-1]]
-    if repeated.numel():
-        raise ValueError(f"rows holds {int(repeated[0])} twice: a row may appear once in a call")
-    return order, batch
+    rows = rows.detach()
+    if faults is not None and rows.device.type != "cpu" and device.type != "cpu" and size:
+        return recorded_rows(rows.to(device), num_rows, faults)
+    order, batch = rows.cpu().sort()
+    if size:
+        if int(order[0]) < 0 or int(order[-1]) >= num_rows:
+            wrong = int(order[0]) if int(order[0]) < 0 else int(order[-1])
+            raise ValueError(f"rows holds {wrong}: must be in 0 .. {num_rows - 1}")
+        repeated = order[1:][order[1:] == order[:-1]]
+        if repeated.numel():
+            raise ValueError(f"rows holds {int(repeated[0])} twice: a row may appear once in a call")
+    if device.type == "cpu":
+        return Rows(order, batch)
+    # from pinned memory, so that the host does not wait for the copy
+    return Rows(*(ids.pin_memory().to(device, non_blocking=True) for ids in (order, batch)))
+
+
+def recorded_rows(rows: Tensor, num_rows: int, faults: Tensor) -> Rows:
+    """`sorted_rows` without looking: ids that are out of range or repeated are left out and recorded in `faults`."""
+    order, batch = rows.sort()
+    wrong = (order < 0) | (order >= num_rows)
+    same = order[1:] == order[:-1]
+    wrong[1:] |= same
+    wrong[:-1] |= same
+    found = torch.stack([faults[0] + wrong.sum(), order.gather(0, wrong.int().argmax(0, keepdim=True))[0]])
+    faults.copy_(torch.where(wrong.any(), found, faults))
+    order, again = order.masked_fill(wrong, num_rows).sort()
+    return Rows(order, batch.gather(0, again))

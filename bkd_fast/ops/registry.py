@@ -7,7 +7,7 @@ Each backend implements the operations under the same names and registers them h
 
 `find("normal_", device)` returns the one to run there: the user's choice, else the measured winner, else the first that can.
 A choice is `use_backend(...)` around the call, or the environment variable BKD_FAST_BACKEND; it concerns the devices that
-the chosen backend serves, and leaves the others as they are.
+the chosen backend serves and the operations that it has, and leaves the others as they are.
 """
 
 import os
@@ -33,12 +33,14 @@ class Backend:
         diagnose: what is missing here and how to get it, or None. Asked once, and only when a device of its needs it: asking
             may start CUDA.
         load: imports its implementations; called before their first use, so that `import bkd_fast` stays light.
+        on_request: never taken unless it is chosen.
     """
 
     name: str
     devices: tuple[str, ...]
     diagnose: Callable[[], str | None] = lambda: None
     load: Callable[[], object] = lambda: None
+    on_request: bool = False
 
     @cached_property
     def missing(self) -> str | None:
@@ -53,6 +55,7 @@ class Backend:
 # benchmarks' verdict (docs/performance.md), not taste. Operations that are not named take the order of `backends()`.
 WINNERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("predictive_update_", "cuda"): ("cuda", "triton"),
+    **{(f"sketch_{o}", "cuda"): ("cuda", "triton") for o in ("sort_", "quantile", "deviance_quantile", "merge_")},
 }
 
 _BACKENDS: dict[str, Backend] = {}
@@ -111,7 +114,7 @@ def find(operation: str, device: torch.device) -> Callable[..., Any]:
     """The implementation of `operation` for tensors on `device`.
 
     Raises:
-        BackendUnavailableError: no backend serves that device, or the one that was chosen lacks the operation.
+        BackendUnavailableError: no backend serves that device.
         ValueError: BKD_FAST_BACKEND names no backend.
     """
     return _find(operation, device.type, _chosen.get())
@@ -122,12 +125,13 @@ def _find(operation: str, device: str, chosen: str | None) -> Callable[..., Any]
     if chosen is None and _ENVIRONMENT:
         check_backend(_ENVIRONMENT, "BKD_FAST_BACKEND")
         chosen = _ENVIRONMENT
-    if chosen is not None and device in _BACKENDS[chosen].devices:
-        candidates: tuple[str, ...] = (chosen,)
-    else:
-        candidates = WINNERS.get((operation, device), tuple(_BACKENDS))
+    candidates = WINNERS.get((operation, device), tuple(_BACKENDS))
+    if chosen is not None and (operation, chosen) in _IMPLEMENTATIONS and device in _BACKENDS[chosen].devices:
+        candidates = (chosen,)
     for name in candidates:
         backend = _BACKENDS[name]
+        if backend.on_request and chosen is None:
+            continue
         if device in backend.devices and backend.missing is None:
             function = _IMPLEMENTATIONS.get((operation, name))
             if function is not None:

@@ -55,6 +55,12 @@ def empty_tiles(rows: int, row_cells: int, bins: int, device: torch.device | Non
     )
 
 
+def tiles_on(tiles: Tiles, device: torch.device) -> Tiles:
+    """The tiles on `device`: themselves where they are there, else a copy."""
+    counters, minimum, maximum, counts, row_cells = tiles
+    return Tiles(counters.to(device), minimum.to(device), maximum.to(device), counts.to(device), row_cells)
+
+
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _TILES = "Tensor minimum, Tensor maximum, Tensor counts, int row_cells"
 _LIBRARY.define("sketch_sort_(Tensor(a!) counters, Tensor counts, int row_cells) -> ()")
@@ -194,7 +200,7 @@ def sketch_merge_(tiles: Tiles, other: Tiles) -> None:
 
 
 def check_room(counts: Tensor, more: Tensor | int) -> None:
-    """Refuse a row of more than 65,535 draws, which uint16 counters could not hold.
+    """Refuse a row of more than 65,535 draws, which uint16 counters could not hold. Waits for the device of `counts`.
 
     Raises:
         ValueError: some counts + more exceed it.

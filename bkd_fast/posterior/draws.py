@@ -95,7 +95,7 @@ class Draws:
             x: a batch of inputs as the network takes them, (rows, ...).
 
         Returns:
-            PosteriorPredictive with a row for each input.
+            PosteriorPredictive with a row for each input, on the model's device.
 
         Raises:
             ValueError: the file holds no draw.
@@ -114,7 +114,7 @@ class Draws:
                 snapshots = [{name: view[slot].to(device) for name, view in views.items()} for slot in window]
                 if posterior is None:
                     classes = functional_call(self.model, snapshots[0], (x[:1].to(device),)).shape[-1]
-                    posterior = PosteriorPredictive(len(x), classes)
+                    posterior = PosteriorPredictive(len(x), classes, device=device)
                 posterior.update_logits(logits_of_snapshots(self.model, snapshots, x, posterior.num_classes))
         assert posterior is not None
         return posterior

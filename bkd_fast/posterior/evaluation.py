@@ -102,7 +102,7 @@ def logits_of_snapshots(model: nn.Module, snapshots: Sequence[Mapping[str, Tenso
     """
     anything = next(model.parameters(), next(model.buffers(), None))
     if anything is not None:
-        x = x.to(anything.device)
+        x = x.to(anything.device, non_blocking=anything.device.type != "cpu")
     logits = []
     for snapshot in snapshots:
         output = functional_call(model, dict(snapshot), (x,))

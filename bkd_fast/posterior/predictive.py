@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from bkd_fast.errors import warn
-from bkd_fast.ops.predictive import SMALLEST_REFERENCE, PredictiveState, empty_state, predictive_update_
+from bkd_fast.ops.predictive import (
+    SMALLEST_REFERENCE,
+    PredictiveState,
+    Rows,
+    empty_state,
+    predictive_update_,
+    sorted_rows,
+    state_on,
+)
 from bkd_fast.ops.sketch import (
     CODE_MAX,
     CODE_MIN,
     CODES_PER_UNIT,
+    MAX_COUNT,
     check_room,
     sketch_deviance_quantile,
     sketch_merge_,
@@ -48,9 +57,13 @@ class PosteriorPredictive:
     and histogram depend only on the multiset of draws, not on their order, split or merges; means, entropies and the
     mutual information then agree to about 1e-6, variances to 1e-5.
 
-    Every result is float32 on the CPU: (num_rows, num_classes), or (num_rows,); NaN for rows without draws. Rows need not
+    Every result is float32 on `device`: (num_rows, num_classes), or (num_rows,); NaN for rows without draws. Rows need not
     have equal numbers of draws. A row of a draw that holds NaN or +inf, or nothing but -inf, is excluded, counted in
     `invalid_counts` and warned about once; a class at -inf is masked (p = 0).
+
+    On a GPU no update waits for the device: the warning comes with the next result, merge or state_dict, and so does the error
+    about row ids that came on a GPU and are out of range or repeated (those rows are left out). Only near 65,535 draws each
+    update looks whether there is room.
 
     Args:
         num_rows: examples, N.
@@ -58,16 +71,29 @@ class PosteriorPredictive:
         bins: counters per cell, 64 or 128 (the narrower bins for twice the memory).
         stream: (run, chain) that `update_logits` draws belong to; None: a new random run, chain 0. Draws are numbered
             in the order of their calls. `merge_` refuses to count a draw twice.
+        device: where the state and every result are; None: torch's default. Logits from elsewhere are moved there.
 
     Raises:
         ValueError: a number out of range.
     """
 
-    def __init__(self, num_rows: int, num_classes: int, *, bins: int = 64, stream: Stream | None = None) -> None:
-        self._state = empty_state(num_rows, num_classes, bins)
+    def __init__(
+        self,
+        num_rows: int,
+        num_classes: int,
+        *,
+        bins: int = 64,
+        stream: Stream | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._state = empty_state(num_rows, num_classes, bins, None if device is None else torch.device(device))
         self._stream = (secrets.randbits(64), 0) if stream is None else check_stream(stream)
         self._streams = Streams()
-        self._offered = torch.zeros(num_rows, dtype=torch.int32)  # draws of our own stream, invalid ones included
+        # draws of our own stream by row, invalid ones included; the last number is that of rows that were left out
+        self._offered = torch.zeros(num_rows + 1, dtype=torch.int32, device=self.device)
+        self._numbered = 0  # of them, how many `_streams` lists
+        self._most_offered = self._most_held = 0  # no row has more of them, and of all draws
+        self._faults = torch.zeros(2, dtype=torch.int64, device=self.device)  # see `sorted_rows`
         self._pending: _Pending | None = None
         self._warned_invalid = self._warned_bfloat16 = False
 
@@ -92,6 +118,11 @@ class PosteriorPredictive:
         """Counters per cell."""
         return self._state.tiles.counters.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the state and the results are."""
+        return self._state.mean.device
+
     # ---- taking draws ----
 
     def update_logits(self, logits: Tensor, rows: Tensor | None = None) -> None:
@@ -104,22 +135,41 @@ class PosteriorPredictive:
 
         Raises:
             TypeError: a dtype that is not supported.
-            ValueError: shapes that disagree, rows out of range or repeated, more than 65,535 draws in a row. Nothing is
-                changed then.
+            ValueError: shapes that disagree, rows out of range or repeated (later, if rows are on a GPU), more than 65,535 draws
+                in a row. Nothing is changed then.
         """
         self.flush()
         logits = self._checked_logits(logits)
-        offered = self._offered if rows is None else self._offered[self._checked_rows(rows)]
-        end = int(offered.max()) + logits.shape[0] if offered.numel() else 0
-        known = int(self._offered.max()) if self.num_rows else 0
-        if end > known:
-            self._streams.check_new(self._stream, known, end)
-        self._add(logits, rows)
-        if rows is None:
-            self._offered += logits.shape[0]
+        draws, size = logits.shape[:2]
+        places = None if rows is None else self._sorted(rows, size)
+        self._check_new(places, draws)
+        self._add(logits, places)
+        if places is None:
+            self._offered[:-1] += draws
         else:
-            self._offered[rows.cpu()] += logits.shape[0]
-        self._streams.add(self._stream, known, end)
+            self._offered.index_add_(0, places.order, torch.full_like(places.order, draws, dtype=torch.int32))
+        if size:
+            self._most_offered += draws
+
+    def _sorted(self, rows: Tensor, size: int) -> Rows:
+        return sorted_rows(rows, size, self.num_rows, self.device, self._faults)
+
+    def _check_new(self, places: Rows | None, draws: int) -> None:
+        """Refuse draws of our own stream that are here already: by a bound first, then by looking at the device."""
+        try:
+            self._streams.check_new(self._stream, self._numbered, self._most_offered + draws)
+        except ValueError:
+            self._number_draws()
+            offered = self._offered[:-1] if places is None else self._offered[places.order]
+            end = int(offered.max()) + draws if offered.numel() else 0
+            if end > self._numbered:
+                self._streams.check_new(self._stream, self._numbered, end)
+
+    def _number_draws(self) -> None:
+        """List the draws of our own stream in `_streams`; waits for the device."""
+        self._most_offered = int(self._offered[:-1].max()) if self.num_rows else 0
+        self._streams.add(self._stream, self._numbered, self._most_offered)
+        self._numbered = self._most_offered
 
     def update(self, draw: Draw, loader: Iterable[Any], rows: RowOrder = "order") -> None:
         """Take one draw of a model: its logits on every batch of the loader.
@@ -139,6 +189,8 @@ class PosteriorPredictive:
         """
         check_loader(loader, rows, self.num_rows)
         stream = check_stream((draw.run, draw.chain))
+        if stream == self._stream:
+            self._number_draws()
         pending = self._pending
         for held in (self._streams, pending.draws) if pending is not None else (self._streams,):
             held.check_new(stream, draw.index, draw.index + 1)
@@ -170,7 +222,8 @@ class PosteriorPredictive:
             with torch.no_grad(), evaluating(pending.model):
                 for x, rows in batches_of(pending.loader, pending.rows, self.num_rows):
                     logits = logits_of_snapshots(pending.model, pending.snapshots, x, self.num_classes)
-                    self._add(self._checked_logits(logits), rows)
+                    logits = self._checked_logits(logits)
+                    self._add(logits, self._sorted(rows, logits.shape[1]))
                     if taken == 0:
                         self._streams.update(pending.draws)
                     taken += len(rows)
@@ -194,20 +247,23 @@ class PosteriorPredictive:
                 )
         elif logits.dtype not in (torch.float32, torch.float16, torch.float64):
             raise TypeError(f"logits have dtype {logits.dtype}: must be float32, float16, float64 or bfloat16")
-        logits = logits.detach().to(self._state.mean.device, torch.float32)
+        # a copy from a GPU must be waited for, one to a GPU must not
+        logits = logits.detach().to(self.device, torch.float32, non_blocking=self.device.type != "cpu")
         return logits if logits.dim() == 3 else logits[None]
 
-    def _checked_rows(self, rows: Tensor) -> Tensor:
-        """Row ids that may index; `predictive_update_` checks the rest."""
-        if rows.dtype != torch.int64:
-            raise TypeError(f"rows has dtype {rows.dtype}: must be torch.int64")
-        wrong = rows[(rows < 0) | (rows >= self.num_rows)]
-        if wrong.numel():
-            raise ValueError(f"rows holds {int(wrong[0])}: must be in 0 .. {self.num_rows - 1}")
-        return rows.cpu()
+    def _add(self, logits: Tensor, rows: Rows | None) -> None:
+        draws = logits.shape[0]
+        if self._most_held + draws > MAX_COUNT:
+            self._most_held = self._look_for_most()
+        predictive_update_(self._state, logits, rows, most=self._most_held)
+        self._most_held += draws
+        if self.device.type == "cpu":
+            self._warn_of_invalid()
 
-    def _add(self, logits: Tensor, rows: Tensor | None) -> None:
-        predictive_update_(self._state, logits, rows)
+    def _look_for_most(self) -> int:
+        return int(self._state.tiles.counts.max()) if self.num_rows else 0
+
+    def _warn_of_invalid(self) -> None:
         if not self._warned_invalid and self._state.invalid.any():
             self._warned_invalid = True
             ids = self._state.invalid.nonzero().flatten().tolist()
@@ -217,10 +273,24 @@ class PosteriorPredictive:
                 "of these draws are excluded from every result. `invalid_counts` counts them; this is the only warning."
             )
 
+    def _raise_recorded(self) -> None:
+        """Once: afterwards the other rows' results can be read."""
+        left_out, one = self._faults.tolist()
+        if left_out:
+            self._faults.zero_()
+            raise ValueError(
+                f"{left_out} row ids of earlier updates were left out, rows holds {one}: must be in 0 .. {self.num_rows - 1}, "
+                "each at most once in a call"
+            )
+
     # ---- results ----
 
     def _flushed(self) -> PredictiveState:
+        """The state with all draws; what updates on a GPU did not wait for is looked at now."""
         self.flush()
+        if self.device.type != "cpu":
+            self._raise_recorded()
+            self._warn_of_invalid()
         return self._state
 
     def _cells(self, cells: Tensor) -> Tensor:
@@ -245,6 +315,7 @@ class PosteriorPredictive:
     def streams(self) -> list[tuple[Stream, tuple[int, int]]]:
         """The draws held: ((run, chain), (start, end)) for each interval of draw indices, end exclusive."""
         self.flush()
+        self._number_draws()
         return self._streams.items()
 
     @property
@@ -313,8 +384,8 @@ class PosteriorPredictive:
         lower = ((found.lower.double() - 1.5) / CODES_PER_UNIT).sigmoid().float()
         upper = ((found.upper.double() + 1.5) / CODES_PER_UNIT).sigmoid().float()
         # rounded outwards
-        lower = torch.nextafter(lower, torch.tensor(0.0)).masked_fill(found.lower == CODE_MIN, 0)
-        upper = torch.nextafter(upper, torch.tensor(1.0)).masked_fill(found.upper == CODE_MAX, 1)
+        lower = torch.nextafter(lower, torch.zeros_like(lower)).masked_fill(found.lower == CODE_MIN, 0)
+        upper = torch.nextafter(upper, torch.ones_like(upper)).masked_fill(found.upper == CODE_MAX, 1)
         return lower.masked_fill(empty, torch.nan), upper.masked_fill(empty, torch.nan)
 
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
@@ -341,7 +412,7 @@ class PosteriorPredictive:
     # ---- merging and saving ----
 
     def merge_(self, other: "PosteriorPredictive") -> None:
-        """Take all draws of another posterior over the same rows, which stays as it is.
+        """Take all draws of another posterior over the same rows, on any device, which stays as it is.
 
         Raises:
             TypeError: other is no PosteriorPredictive.
@@ -354,7 +425,10 @@ class PosteriorPredictive:
         for name in ("num_rows", "num_classes", "bins"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"other has {name} = {getattr(other, name)}: must be {getattr(self, name)}")
+        self._number_draws()
+        other._number_draws()
         self._streams.check_disjoint(other._streams)
+        theirs = state_on(theirs, self.device)
         check_room(mine.tiles.counts, theirs.tiles.counts)
         n, m = mine.tiles.counts.double(), theirs.tiles.counts.double()
         self._merge_divergence(theirs, keep=self._streams.items() <= other._streams.items())
@@ -366,6 +440,7 @@ class PosteriorPredictive:
         mine.entropy.add_(theirs.entropy)
         mine.invalid.add_(theirs.invalid)
         sketch_merge_(mine.tiles, theirs.tiles)
+        self._most_held += other._most_held
         self._streams.update(other._streams)
 
     def _merge_divergence(self, theirs: PredictiveState, keep: bool) -> None:
@@ -390,8 +465,12 @@ class PosteriorPredictive:
         self._cells(mine.reference).copy_(reference)
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """Everything, as tensors (copies) and plain integers; equal multisets of draws give equal histograms, bit for bit."""
+        """Everything, as tensors (copies, on `device`) and plain integers.
+
+        Equal multisets of draws give equal histograms, bit for bit.
+        """
         state = self._flushed()
+        self._number_draws()
         sketch_sort_(state.tiles)
         tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
         run, chain = self._stream
@@ -415,11 +494,11 @@ class PosteriorPredictive:
             "maximum": tiles.maximum,
             "counts": tiles.counts,
             **dict(zip(names, others, strict=True)),
-            "offered": self._offered,
+            "offered": self._offered[:-1],
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Become the posterior that was saved, which further draws then continue; what was here is dropped.
+        """Become the posterior that was saved, on any device, which further draws then continue; what was here is dropped.
 
         Raises:
             ValueError: a missing entry, another version, number of rows, classes or bins, or a tensor of another shape or
@@ -448,4 +527,7 @@ class PosteriorPredictive:
         self._pending = None
         for name, tensor in own.items():
             tensor.copy_(loaded[name])
+        self._faults.zero_()
         self._streams, self._stream = streams, stream
+        self._numbered = self._most_offered = int(self._offered[:-1].max()) if self.num_rows else 0
+        self._most_held = self._look_for_most()

@@ -34,32 +34,49 @@ def launches(group: dict[str, Any]) -> list[Launch]:
     """The launches of one group's parameters that have a gradient. Call it without autograd.
 
     Raises:
-        TypeError: a gradient is sparse, or of another dtype than its parameter.
+        TypeError: a gradient is sparse, or of another dtype than its parameter. ValueError: or on another device.
     """
+    everything = [(index, p, p.grad) for index, p in enumerate(group["params"])]
+    with_gradient = [entry for entry in everything if entry[2] is not None]
+    if not with_gradient:
+        return []
+    indices, theta, gradient = (list(column) for column in zip(*with_gradient, strict=True))
+    if _are_of_one_kind(theta + gradient):
+        return [Launch(indices, theta, gradient)]
     by_kind: dict[tuple[torch.dtype, torch.device], Launch] = {}
-    kind: tuple[torch.dtype, torch.device] | None = None
-    for index, parameter in enumerate(group["params"]):
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if gradient.layout != torch.strided:
-            raise TypeError(
-                f"the gradient of {name_of(group, index)} is {gradient.layout}: must be dense (torch.strided)"
-            )
-        if gradient.dtype != parameter.dtype:
-            raise TypeError(f"the gradient of {name_of(group, index)} is {gradient.dtype}: must be {parameter.dtype}")
-        if kind != (kind := (parameter.dtype, parameter.device)):  # neighbours are mostly of one kind
-            launch = by_kind.setdefault(kind, Launch())
+    for index, parameter, g in with_gradient:
+        _check(group, index, parameter, g)
+        launch = by_kind.setdefault((parameter.dtype, parameter.device), Launch())
         launch.indices.append(index)
-        if not (parameter.is_contiguous() and gradient.is_contiguous()):
-            if not is_dense(parameter):
-                copy = parameter.contiguous()
-                launch.copies.append((parameter, copy))
-                parameter = copy
-            gradient = in_order_of(gradient, parameter)
+        if not is_dense(parameter):
+            copy = parameter.contiguous()
+            launch.copies.append((parameter, copy))
+            parameter = copy
         launch.theta.append(parameter)
-        launch.gradient.append(gradient)
+        launch.gradient.append(in_order_of(g, parameter))
     return list(by_kind.values())
+
+
+def _are_of_one_kind(tensors: list[Tensor]) -> bool:
+    """Whether all are contiguous, of one dtype and device: the usual case, seen at a fraction of what a launch of its own costs
+    each tensor."""
+    return (
+        {tensor.layout for tensor in tensors} == {torch.strided}
+        and len({tensor.dtype for tensor in tensors}) == 1
+        and len({tensor.device for tensor in tensors}) == 1
+        and all(map(Tensor.is_contiguous, tensors))
+    )
+
+
+def _check(group: dict[str, Any], index: int, parameter: Tensor, gradient: Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise TypeError(f"the gradient of {name_of(group, index)} is {gradient.layout}: must be dense (torch.strided)")
+    if gradient.dtype != parameter.dtype:
+        raise TypeError(f"the gradient of {name_of(group, index)} is {gradient.dtype}: must be {parameter.dtype}")
+    if gradient.device != parameter.device:
+        raise ValueError(
+            f"the gradient of {name_of(group, index)} is on {gradient.device}: must be on {parameter.device}"
+        )
 
 
 def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:

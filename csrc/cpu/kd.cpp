@@ -359,7 +359,7 @@ BKD_INLINE bool read_label(const KdCall& call, int64_t row, int32_t& label) {
   if (!call.labels) return true;
   const int64_t y = call.labels[row];
   const bool is_class = (uint64_t)y < (uint64_t)call.settings.classes;
-  if (is_class && call.settings.label_weight != 0) label = (int32_t)y;
+  if (is_class && y != call.ignore_index && call.settings.label_weight != 0) label = (int32_t)y;
   return is_class | (y == call.ignore_index);
 }
 

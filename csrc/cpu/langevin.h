@@ -6,6 +6,9 @@
 
 namespace bkd {
 
+// How the step comes back to a 16-bit parameter (csrc/langevin.h). Wider ones are computed in their own type: nearest.
+enum class Rounding { nearest = 0, stochastic = 1, master = 2 };
+
 // One parameter, flat in its storage order. mean and m2 (or null) are of the arithmetic's type: float, for float64 double.
 struct LangevinTensor {
   void* theta;
@@ -13,6 +16,7 @@ struct LangevinTensor {
   const void* center;  // or null: the prior's mean is 0
   void* mean;
   void* m2;
+  float* master;  // Rounding::master: holds the chain
   int64_t count;
   uint64_t first_element;  // of the whole parameter: not 0 for a shard
   uint32_t parameter;
@@ -21,10 +25,12 @@ struct LangevinTensor {
 
 struct LangevinStep {
   Storage storage;
+  Rounding rounding;
   uint64_t seed, step;
   uint32_t chain;
   double lr, decay, sigma;  // to maximise, negate lr and decay: the same bits as negating the gradient
   double inverse_count;  // of the running moments
+  const float* noise_table;  // Rounding::stochastic: sigma by the exponent field
 };
 
 // Elements [begin, end) of one tensor.

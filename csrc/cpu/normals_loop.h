@@ -183,6 +183,26 @@ BKD_INLINE void each_normal(int64_t count, const Stream& stream, uint64_t first_
   }
 }
 
+// The same for sink(i, w) with w the words of elements 4 first_block + i ... themselves, one for each element.
+template <class Sink>
+BKD_INLINE void each_word(int64_t count, const Stream& stream, uint64_t first_block, Sink&& sink) {
+  Rounds rounds(stream, first_block);
+  __asm__ volatile("" : "+m"(rounds));
+  const Ints m0 = set64(kPhiloxM0), m1 = set64(kPhiloxM1), m0_step = set64((uint64_t)kBlocks * kPhiloxM0);
+  Ints product = multiply(add64(block_order(), set64((uint32_t)first_block)), m0);
+  Ints x[kGroups], y[kGroups];
+  for (int64_t i = 0; i < count; i += 2 * kLanes * kGroups) {
+    BKD_FIRST_ROUNDS
+    BKD_ROUND(2) BKD_ROUND(3) BKD_ROUND(4) BKD_ROUND(5) BKD_ROUND(6) BKD_ROUND(7) BKD_ROUND(8) BKD_ROUND(9)
+    BKD_EACH_GROUP {
+      const Floats even = as_floats(x[g]), odd = as_floats(y[g]);  // words 0, 2 and words 1, 3 of each block
+      const int64_t at = i + 2 * kLanes * g;
+      sink(at, as_ints(interleave_low(even, odd)));
+      sink(at + kLanes, as_ints(interleave_high(even, odd)));
+    }
+  }
+}
+
 #else
 
 constexpr int64_t kNoiseRun = 4;
@@ -196,6 +216,14 @@ BKD_INLINE void each_normal(int64_t count, const Stream& stream, uint64_t first_
     sink(i + 1, Floats{low.z1});
     sink(i + 2, Floats{high.z0});
     sink(i + 3, Floats{high.z1});
+  }
+}
+
+template <class Sink>
+BKD_INLINE void each_word(int64_t count, const Stream& stream, uint64_t first_block, Sink&& sink) {
+  for (int64_t i = 0; i < count; i += 4) {
+    const Words words = words_of(stream, first_block + (uint64_t)(i / 4));
+    for (int k = 0; k < 4; ++k) sink(i + k, Ints{(int32_t)words.w[k]});
   }
 }
 

@@ -5,18 +5,15 @@
 // or in one per row), so that codes and moments are the same bits everywhere.
 #include "cpu/predictive.h"
 
-#include "cpu/explog.h"
+#include "../predictive.h"
 
 namespace bkd {
 namespace BKD_ISA {
 
-constexpr int kSumLanes = 16;                  // of a sum over classes, whatever the vector's width
-constexpr int kShortRow = 32;                  // up to here a vector holds a class of many rows, above many classes of a row
 constexpr int64_t kChunkBytes = 128 * 1024;    // of logits between the two stages: read from memory once
 constexpr int kMaxTileRows = kTileCells / 2 + 1;  // with two classes or more
 constexpr int kTileRowStride = kMaxTileRows + kScratchPadding;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kSmallestReference = 0x1p-126f;
 constexpr uint8_t kNoSlot = 0xFF;
 
 // The statistics of every draw and row of a block or of one tile.
@@ -29,11 +26,6 @@ struct Statistics {
 };
 
 // ---- stage 1: statistics of every draw and row ----
-
-// Maximum, sum of exponentials without the arg-max classes, sum of exponential times exponent, number of arg-max classes.
-struct RawSums {
-  Floats maximum, rest, weighted, ties;
-};
 
 BKD_INLINE Floats load_classes(const float* x, int left) {
   return left >= kLanes ? load(x) : left > 0 ? load(x, first(left), set1(-kInfinity)) : set1(-kInfinity);
@@ -73,22 +65,17 @@ static float maximum_of(const float* x, int classes) {
   return reduce_max(max(most, most_odd));
 }
 
-struct RowSums {
+struct LongRowSums {
   float maximum, rest, weighted, ties;
 };
 
-static RowSums sums_of_long_row(const float* x, int classes) {
+static LongRowSums sums_of_long_row(const float* x, int classes) {
   const float maximum = maximum_of(x, classes);
   constexpr int kParts = kSumLanes / kLanes;
   Sixteen rest, weighted, ties;
   for (int i = 0; i < kParts; ++i) rest.part[i] = weighted.part[i] = ties.part[i] = set1(0.0f);
   const auto accumulate = [&](int i, Floats logits) {
-    const Floats difference = sub(logits, set1(maximum));
-    const Exponential e = exp_nonpositive(difference);
-    const Mask top = equal(difference, set1(0.0f));
-    rest.part[i] = add(rest.part[i], select(top, set1(0.0f), e.value));
-    weighted.part[i] = fma(e.value, e.argument, weighted.part[i]);
-    ties.part[i] = add(ties.part[i], select(top, set1(1.0f), set1(0.0f)));
+    add_class(logits, set1(maximum), rest.part[i], weighted.part[i], ties.part[i]);
   };
   int c = 0;
   for (; c + kSumLanes <= classes; c += kSumLanes)
@@ -99,7 +86,7 @@ static RowSums sums_of_long_row(const float* x, int classes) {
 }
 
 // kLanes rows of few classes, one per lane; offsets[lane] is where the lane's row starts in x.
-static RawSums sums_of_short_rows(const float* x, Ints offsets, int classes) {
+static RowSums sums_of_short_rows(const float* x, Ints offsets, int classes) {
   alignas(64) float logits[kShortRow * kLanes];
   Floats maximum = set1(-kInfinity);
   for (int c = 0; c < classes; ++c) {
@@ -108,32 +95,20 @@ static RawSums sums_of_short_rows(const float* x, Ints offsets, int classes) {
     maximum = max(maximum, column);
   }
   Floats rest = set1(0.0f), weighted = rest, ties = rest;
-  for (int c = 0; c < classes; ++c) {
-    const Floats difference = sub(load(logits + c * kLanes), maximum);
-    const Exponential e = exp_nonpositive(difference);
-    const Mask top = equal(difference, set1(0.0f));
-    rest = add(rest, select(top, set1(0.0f), e.value));
-    weighted = fma(e.value, e.argument, weighted);
-    ties = add(ties, select(top, set1(1.0f), set1(0.0f)));
-  }
+  for (int c = 0; c < classes; ++c) add_class(load(logits + c * kLanes), maximum, rest, weighted, ties);
   return {maximum, rest, weighted, ties};
 }
 
-// A row is invalid if it holds NaN or +inf, or nothing but -inf: its differences, and so the weighted sum, are then NaN.
-// (The sum of exponentials would not do: the exponential's bit arithmetic may lose a NaN that has a payload.)
 // Returns the rows' entropies.
-BKD_INLINE Floats finish_rows(const Statistics& statistics, int draw, int64_t row, const RawSums& raw) {
-  const Floats one = set1(1.0f);
-  const Floats total = add(raw.rest, raw.ties), inverse = div(one, total), rest = add(raw.rest, sub(raw.ties, one));
-  // log(1 + rest) with what the sum lost: entropies of confident rows are far below the sum's rounding
-  const Floats lost = sub(rest, sub(total, one)), log_total = fma(lost, inverse, log_positive(total));
-  store(statistics.at(kMaximum, draw, row), raw.maximum);
-  store(statistics.at(kTotal, draw, row), total);
-  store(statistics.at(kRest, draw, row), rest);
-  store(statistics.at(kInverseTotal, draw, row), inverse);
-  store(statistics.at(kLogTotal, draw, row), log_total);
-  store(statistics.at(kValid, draw, row), select(equal(raw.weighted, raw.weighted), one, set1(0.0f)));
-  return fnma(raw.weighted, inverse, log_total);
+BKD_INLINE Floats finish_rows(const Statistics& statistics, int draw, int64_t row, const RowSums& sums) {
+  const RowStatistics of = statistics_of(sums);
+  store(statistics.at(kMaximum, draw, row), of.maximum);
+  store(statistics.at(kTotal, draw, row), of.total);
+  store(statistics.at(kRest, draw, row), of.rest);
+  store(statistics.at(kInverseTotal, draw, row), of.inverse_total);
+  store(statistics.at(kLogTotal, draw, row), of.log_total);
+  store(statistics.at(kValid, draw, row), select(of.valid, set1(1.0f), set1(0.0f)));
+  return of.entropy;
 }
 
 // Statistics of sorted rows [begin, end) of the window, stored from `origin` on; adds the rows' entropies.
@@ -145,26 +120,26 @@ static void measure_rows(const PredictiveState& state, const PredictiveWindow& w
     const float* logits = window.logits + w * window.draw_stride;
     for (int64_t i = begin; i < end; i += kLanes) {
       const int rows = end - i < kLanes ? (int)(end - i) : kLanes;
-      RawSums raw;
+      RowSums sums;
       if (classes <= kShortRow) {
         const float* first_row = logits + window.batch[i] * classes;
         int32_t offsets[kLanes];
         for (int lane = 0; lane < kLanes; ++lane)
           offsets[lane] = (int32_t)((window.batch[i + (lane < rows ? lane : 0)] - window.batch[i]) * classes);
-        raw = sums_of_short_rows(first_row, load(offsets), classes);
+        sums = sums_of_short_rows(first_row, load(offsets), classes);
       } else {
         float maximum[kLanes] = {}, rest[kLanes] = {}, weighted[kLanes] = {}, ties[kLanes] = {};
         for (int lane = 0; lane < rows; ++lane) {
-          const RowSums sums = sums_of_long_row(logits + window.batch[i + lane] * classes, classes);
-          maximum[lane] = sums.maximum;
-          rest[lane] = sums.rest;
-          weighted[lane] = sums.weighted;
-          ties[lane] = sums.ties;
+          const LongRowSums row = sums_of_long_row(logits + window.batch[i + lane] * classes, classes);
+          maximum[lane] = row.maximum;
+          rest[lane] = row.rest;
+          weighted[lane] = row.weighted;
+          ties[lane] = row.ties;
         }
-        raw = {load(maximum), load(rest), load(weighted), load(ties)};
+        sums = {load(maximum), load(rest), load(weighted), load(ties)};
       }
       alignas(64) float entropy[kLanes];
-      store(entropy, finish_rows(statistics, w, i - origin, raw));
+      store(entropy, finish_rows(statistics, w, i - origin, sums));
       const float* valid = statistics.at(kValid, w, i - origin);
       for (int lane = 0; lane < rows; ++lane)
         if (valid[lane] != 0.0f) {
@@ -209,24 +184,6 @@ struct TileBuffers {
   alignas(64) float statistics[kStatistics * kMaxDraws * kTileRowStride];
 };
 
-// KL(p || r) is the sum over classes of r ((1 + x) log(1 + x) - x), x = p / r - 1 (the linear terms add to 0, and cancel
-// in the difference of two divergences whatever r is). Near x = 0 that is x^2 times this polynomial, relative error
-// 3.3e-7; the plain form would lose x^2 to cancellation.
-constexpr float kSeriesRadius = 0.25f;
-constexpr float kSeries[6] = {0.5000001f,   -0.16666678f,  0.083291784f,
-                              -0.049967587f, 0.03508401f, -0.02517435f};
-
-BKD_INLINE Floats divergence_term(Floats probability, Floats log_probability, Floats reference, Floats inverse_reference,
-                                  Floats log_reference) {
-  const Floats x = mul(sub(probability, reference), inverse_reference), square = mul(x, x);
-  const Floats even = fma(fma(set1(kSeries[4]), square, set1(kSeries[2])), square, set1(kSeries[0]));
-  const Floats odd = fma(fma(set1(kSeries[5]), square, set1(kSeries[3])), square, set1(kSeries[1]));
-  const Floats series = fma(odd, x, even);
-  const Floats log_ratio = sub(log_probability, log_reference);
-  const Floats plain = sub(fma(x, log_ratio, log_ratio), x);
-  return select(less(square, set1(kSeriesRadius * kSeriesRadius)), mul(square, series), plain);
-}
-
 // Codes, moments and divergence of kLanes cells over all draws.
 template <bool every_draw_valid, bool one_row>
 BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int draws, int first, TileBuffers& buffers) {
@@ -241,17 +198,12 @@ BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int
   const Mask is_new = fresh;
   Floats shift = load(state.mean + cell), sum = zero, square_sum = zero;
   for (int w = 0; w < draws; ++w) {
-    const Floats total = statistic(kTotal, w);
-    const Floats difference = sub(load(tile.logits + w * tile.draw_stride + first), statistic(kMaximum, w));
-    const Exponential e = exp_nonpositive(difference);
-    // the others' sum is never taken as total - 1, which would cancel
-    const Floats others = select(equal(difference, zero), statistic(kRest, w), sub(total, e.value));
-    const Floats logit = sub(difference, log_positive(others));
-    store_saturated(buffers.codes + w * kTileCells + first, round_to_int(mul(logit, set1(kCodesPerLogit))));
-
-    const Floats probability = mul(e.value, statistic(kInverseTotal, w));
+    const CellDraw of = draw_of(load(tile.logits + w * tile.draw_stride + first), statistic(kMaximum, w), statistic(kTotal, w),
+                                statistic(kRest, w), statistic(kInverseTotal, w), statistic(kLogTotal, w));
+    store_saturated(buffers.codes + w * kTileCells + first, round_to_int(mul(of.logit, set1(kCodesPerLogit))));
+    const Floats probability = of.probability;
     store(buffers.probability + w * kLanes, probability);
-    store(buffers.log_probability + w * kLanes, sub(e.argument, statistic(kLogTotal, w)));
+    store(buffers.log_probability + w * kLanes, of.log_probability);
     if (every_draw_valid) {
       if (w == 0) shift = select(fresh, probability, shift);
       const Floats deviation = sub(probability, shift);

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "../sketch.h"
 #include "cpu/parallel.h"
 
 namespace bkd {
@@ -21,16 +22,13 @@ uint16_t* column_of(const SketchTiles& s, int64_t cell) {
   return s.counters + cell / kTileCells * bins_of(s) * kTileCells + cell % kTileCells;
 }
 
+// Side by side: a column's slots are 128 bytes apart.
 void read_column(const uint16_t* column, int count, uint16_t* out) {
   for (int i = 0; i < count; ++i) out[i] = column[i * kTileCells];
 }
 
 void write_column(uint16_t* column, int count, const uint16_t* values) {
   for (int i = 0; i < count; ++i) column[i * kTileCells] = values[i];
-}
-
-void sort_codes(uint16_t* codes, int count) {
-  std::sort(codes, codes + count, [](uint16_t a, uint16_t b) { return static_cast<int16_t>(a) < static_cast<int16_t>(b); });
 }
 
 // f(cell, the number of draws of its row) for all cells, in parallel
@@ -50,34 +48,15 @@ void each_cell(const SketchTiles& s, int threads, F&& f) {
   });
 }
 
-// Adds a cell's draws to counters at `level`, which is not finer than the cell's own.
-void add_at_level(const SketchTiles& s, int64_t cell, int count, int level, uint16_t* counters) {
-  const int bins = bins_of(s);
-  uint16_t own[kMaxBins];
-  if (count <= bins) {
-    read_column(column_of(s, cell), count, own);
-    for (int i = 0; i < count; ++i) ++counters[slot_of(static_cast<int16_t>(own[i]), level, bins)];
-  } else {
-    read_column(column_of(s, cell), bins, own);
-    const int min = s.minimum[cell], max = s.maximum[cell];
-    rescale(own, min, max, level_of(min, max, s.log2_bins), level, bins, counters);
-  }
-}
-
 void merge_cell(const SketchTiles& s, const SketchTiles& other, int64_t cell, int count, int other_count) {
   if (other_count == 0) return;
   const int bins = bins_of(s);
   const int min = std::min(s.minimum[cell], other.minimum[cell]), max = std::max(s.maximum[cell], other.maximum[cell]);
-  uint16_t merged[kMaxBins] = {};
-  if (count + other_count <= bins) {
-    read_column(column_of(s, cell), count, merged);
-    read_column(column_of(other, cell), other_count, merged + count);
-    sort_codes(merged, count + other_count);
-  } else {
-    const int level = level_of(min, max, s.log2_bins);
-    add_at_level(s, cell, count, level, merged);
-    add_at_level(other, cell, other_count, level, merged);
-  }
+  uint16_t own[kMaxBins], others[kMaxBins], merged[kMaxBins] = {};
+  read_column(column_of(s, cell), bins, own);
+  read_column(column_of(other, cell), bins, others);
+  merge_cells(own, count, s.minimum[cell], s.maximum[cell], others, other_count, other.minimum[cell], other.maximum[cell], min,
+              max, s.log2_bins, merged);
   write_column(column_of(s, cell), bins, merged);
   s.minimum[cell] = static_cast<int16_t>(min);
   s.maximum[cell] = static_cast<int16_t>(max);
@@ -128,30 +107,12 @@ void sketch_sort(const SketchTiles& sketch, int threads) {
 void sketch_quantile(const SketchTiles& sketch, double q, int32_t* lower, int32_t* upper, float* point, int threads) {
   const int bins = bins_of(sketch);
   each_cell(sketch, threads, [&](int64_t cell, int count) {
-    if (count == 0) {
-      lower[cell] = upper[cell] = 0;
-      point[cell] = std::numeric_limits<float>::quiet_NaN();
-      return;
-    }
-    const int rank = std::clamp(static_cast<int>(std::ceil(q * count)), 1, count);
     uint16_t own[kMaxBins];
-    if (count <= bins) {
-      read_column(column_of(sketch, cell), count, own);
-      sort_codes(own, count);
-      const int code = static_cast<int16_t>(own[rank - 1]);
-      lower[cell] = upper[cell] = code;
-      point[cell] = static_cast<float>(code);
-      return;
-    }
-    read_column(column_of(sketch, cell), bins, own);
-    const int min = sketch.minimum[cell], max = sketch.maximum[cell], level = level_of(min, max, sketch.log2_bins);
-    int bin = min >> level, below = 0;
-    while (below + own[bin & (bins - 1)] < rank) below += own[bin++ & (bins - 1)];
-    const int first = std::max(bin * (1 << level), min), last = std::min((bin + 1) * (1 << level) - 1, max);
-    lower[cell] = first;
-    upper[cell] = last;
-    const double share = (rank - below - .5) / own[bin & (bins - 1)];  // of the bin's draws, taken as evenly spread
-    point[cell] = static_cast<float>(first - .5 + share * (last - first + 1));
+    read_column(column_of(sketch, cell), std::min(count, bins), own);
+    const CodeQuantile found = quantile_of(own, count, sketch.minimum[cell], sketch.maximum[cell], sketch.log2_bins, q);
+    lower[cell] = found.lower;
+    upper[cell] = found.upper;
+    point[cell] = found.point;
   });
 }
 
@@ -178,7 +139,6 @@ void sketch_merge(const SketchTiles& sketch, const SketchTiles& other, int threa
 }
 
 void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* out, int threads) {
-  constexpr int kPoints = 8;  // of a bin
   const std::vector<float>& probability = probability_of_codes();
   const int bins = bins_of(sketch);
   const int64_t rows_per_task = std::max<int64_t>(1, kTilesPerTask * kTileCells / sketch.row_cells);
@@ -192,30 +152,16 @@ void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* ou
       }
       double total = 0;
       int least = kCodeMax, most = kCodeMin;
-      const auto add = [&](double code, double draws) {
-        const int bucket = std::clamp(static_cast<int>(std::lrint(code)), kCodeMin, kCodeMax);
-        const double w = draws * static_cast<double>(probability[static_cast<size_t>(bucket - kCodeMin)]);
-        weight[static_cast<size_t>(bucket - kCodeMin)] += w;
-        total += w;
-        least = std::min(least, bucket);
-        most = std::max(most, bucket);
-      };
       for (int64_t cell = row * sketch.row_cells; cell < (row + 1) * sketch.row_cells; ++cell) {
         uint16_t own[kMaxBins];
-        if (count <= bins) {
-          read_column(column_of(sketch, cell), count, own);
-          for (int i = 0; i < count; ++i) add(static_cast<int16_t>(own[i]), 1);
-          continue;
-        }
-        read_column(column_of(sketch, cell), bins, own);
-        const int min = sketch.minimum[cell], max = sketch.maximum[cell], e = level_of(min, max, sketch.log2_bins);
-        for (int bin = min >> e; bin <= max >> e; ++bin) {
-          const int draws = own[bin & (bins - 1)];
-          if (draws == 0) continue;
-          const int first = std::max(bin * (1 << e), min), last = std::min((bin + 1) * (1 << e) - 1, max);
-          for (int i = 0; i < kPoints; ++i)
-            add(first - .5 + (i + .5) / kPoints * (last - first + 1), static_cast<double>(draws) / kPoints);
-        }
+        read_column(column_of(sketch, cell), std::min(count, bins), own);
+        each_code(own, count, sketch.minimum[cell], sketch.maximum[cell], sketch.log2_bins, [&](int code, double draws) {
+          const double w = draws * static_cast<double>(probability[static_cast<size_t>(code - kCodeMin)]);
+          weight[static_cast<size_t>(code - kCodeMin)] += w;
+          total += w;
+          least = std::min(least, code);
+          most = std::max(most, code);
+        });
       }
       double above = 0;
       int code = most;
@@ -223,7 +169,7 @@ void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* ou
         above += weight[static_cast<size_t>(code - kCodeMin)];
         if (above >= level * total) break;
       }
-      out[row] = static_cast<float>(2 * std::log1p(std::exp(-code / static_cast<double>(kCodesPerLogit))));
+      out[row] = deviance_of(code);
       std::fill(weight.begin() + (least - kCodeMin), weight.begin() + (most - kCodeMin) + 1, 0.0);
     }
   });

@@ -168,3 +168,46 @@ def test_opcheck():
     arguments += (0.1, 0.01, 0.2, 3, 0, 7, [0, 1], [0, 0], 2, [], None, None, None)
     torch.library.opcheck(torch.ops.bkd_fast.langevin_step_, arguments)
     torch.library.opcheck(torch.ops.bkd_fast.find_nonfinite, (tensors(),))
+
+
+def test_a_compiled_function_holds_the_step_without_a_break():
+    """And draws the noise of the step that it is given, whatever the step at which it was compiled."""
+
+    def step(theta, gradient, number):
+        scaled = [2 * g for g in gradient]
+        torch.ops.bkd_fast.langevin_step_(
+            theta, scaled, [], [], [], None, 0.1, 0.01, 0.2, 3, 0, number, [0, 1], [0, 0], 0, [], None, None, None
+        )
+        return find_nonfinite(scaled)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        theta = [torch.ones(5), torch.ones(3, 2)]
+        for number in (7, 8):
+            assert not function(theta, [torch.ones(5), torch.ones(3, 2)], number).any()
+        results.append(theta)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_devices_that_differ_are_named():
+    theta, there = torch.ones(4), torch.ones(4, device="meta")
+    with pytest.raises(ValueError, match=r"gradient\[0\] is on meta: must be on cpu, as theta\[0\]"):
+        _step([theta], [there], **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "error"),
+    [
+        ("scalars", torch.zeros(3, dtype=torch.float64), TypeError),
+        ("scalars", torch.zeros(2), ValueError),
+        ("clock", torch.zeros((), dtype=torch.int32), TypeError),
+        ("clock", torch.zeros(1, dtype=torch.int64), ValueError),
+        ("nonfinite", torch.zeros(2, dtype=torch.bool), ValueError),
+    ],
+)
+def test_bad_device_numbers_change_nothing(name, tensor, error):
+    theta = torch.ones(4)
+    with pytest.raises(error, match=name):
+        _step([theta], [torch.ones(4)], **{**SETTINGS, name: tensor})
+    assert torch.equal(theta, torch.ones(4))

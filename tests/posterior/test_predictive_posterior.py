@@ -334,3 +334,47 @@ def test_random_runs_merge_and_draws_are_numbered() -> None:
     assert [interval for _, interval in a.streams] == [(0, 7)]
     a.merge_(b)
     assert len(a.streams) == 2 and a.counts.tolist() == [14] * 4
+
+
+def test_the_limit_is_of_a_row_not_of_all_that_was_offered() -> None:
+    posterior = PosteriorPredictive(3, 2)
+    logits = torch.zeros(30_000, 1, 2)
+    for row in range(3):  # together more than a row may hold
+        posterior.update_logits(logits, torch.tensor([row]))
+    posterior.update_logits(logits, torch.tensor([0]))
+    posterior.update_logits(logits[:5535], torch.tensor([0]))
+    before = posterior.state_dict()
+    with pytest.raises(ValueError, match="65536 draws in one row"):
+        posterior.update_logits(logits[:1], torch.tensor([0]))
+    assert_unchanged(posterior, before)
+    posterior.update_logits(logits[:1], torch.tensor([1]))
+    assert posterior.counts.tolist() == [65_535, 30_001, 30_000]
+    assert [interval for _, interval in posterior.streams] == [(0, 65_535)]
+
+
+def test_own_draws_that_came_by_a_merge_are_not_given_again() -> None:
+    """Numbers are looked up only when a bound meets what is held: the answer is that of looking always."""
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    saved = filled(logits, stream_id=(7, 0)).state_dict()
+    saved["streams"] = torch.tensor([[7, 0, 4, 7]])  # draws 4 .. 6
+    saved["run"], saved["offered"] = 8, torch.zeros(4, dtype=torch.int32)
+    other = PosteriorPredictive(4, 5)
+    other.load_state_dict(saved)
+
+    posterior = PosteriorPredictive(4, 5, stream=(7, 0))
+    posterior.merge_(other)
+    for rows in (torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3])):  # a bound would be 2, 4, 6
+        posterior.update_logits(logits[:2, : len(rows)], rows)
+    posterior.update_logits(logits[:2])
+    assert [interval for _, interval in posterior.streams] == [(0, 7)]
+    before = posterior.state_dict()
+    with pytest.raises(ValueError, match=r"draws 4 .. 4 of stream \(run 7, chain 0\) are already"):
+        posterior.update_logits(logits[:1])
+    assert_unchanged(posterior, before)
+
+
+def test_results_live_where_the_state_does() -> None:
+    posterior = PosteriorPredictive(3, 4, device="cpu")
+    assert posterior.device == torch.device("cpu")
+    with torch.device("meta"):
+        assert PosteriorPredictive(3, 4).device.type == "meta"  # torch's default device

@@ -377,9 +377,8 @@ def _train(sampler, parameters, steps):
 def test_a_resumed_chain_equals_the_uninterrupted_one(dtype, tmp_path):
     def make(values):
         parameters = [_parameter(v, dtype) for v in values]
-        temperature = 0.0 if dtype == torch.bfloat16 else 1.0
         settings = {"num_data": 100, "prior_precision": 2.0, "prior_mean": [torch.ones(v.shape) for v in values]}
-        return parameters, bkd.SGLD(parameters, 0.05, seed=2**64 - 3, temperature=temperature, **settings)
+        return parameters, bkd.SGLD(parameters, 0.05, seed=2**64 - 3, **settings)
 
     start = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     whole, sampler = make(start)
@@ -468,12 +467,6 @@ def test_deepcopy_and_pickle_continue_the_chain():
 # ---- warnings ----
 
 
-def test_sixteen_bit_sampling_warns():
-    with pytest.warns(bkd.BKDFastWarning, match="16-bit"):
-        bkd.SGLD([_parameter(torch.zeros(2), torch.bfloat16)], 0.1, num_data=10)
-    bkd.SGLD([_parameter(torch.zeros(2), torch.bfloat16)], 0.1, num_data=10, temperature=0.0)
-
-
 def test_two_samplers_with_the_same_noise_warn():
     first = bkd.SGLD([_parameter(torch.zeros(2))], 0.1, num_data=10)
     with pytest.warns(bkd.BKDFastWarning, match="chain="):
@@ -498,6 +491,7 @@ def test_two_samplers_with_the_same_noise_warn():
         ({"weight_decay": math.inf}, ValueError, "weight_decay = inf"),
         ({"weight_decay": 0.1, "prior_precision": 0.1}, ValueError, "give one of them"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite = 'ignore'"),
+        ({"rounding": "up"}, ValueError, "rounding = 'up'"),
         ({"seed": -1}, ValueError, "seed = -1"),
         ({"seed": 0.5}, TypeError, r"seed = 0\.5"),
         ({"chain": 2**20}, ValueError, "chain = 1048576"),

@@ -36,4 +36,4 @@ def kd_energy(p: Problem) -> tuple[Tensor | float, Tensor, int, str]:
         p.prior, p.teacher_is_probs, p.prior_strength, p.temperature, p.label_weight, p.label_smoothing,
         p.tolerance_teacher, p.tolerance_target, p.scale, p.ignore_index, threads(),
     )  # fmt: skip
-    return total if energy is None else energy, gradient, bad_row, fault
+    return p.total_factor * total if energy is None else energy, gradient, bad_row, fault

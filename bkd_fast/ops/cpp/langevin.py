@@ -23,12 +23,14 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 @implements("langevin_step_", "cpp")
 def langevin_step_(s: LangevinStep) -> None:
+    s = s.with_numbers()
     native.langevin_step(
         _addresses(s.theta),
         _addresses(s.gradient),
         _addresses(s.center),
         _addresses(s.mean),
         _addresses(s.m2),
+        _addresses(s.master),
         [tensor.numel() for tensor in s.theta],
         s.first_elements,
         s.parameters,
@@ -40,6 +42,7 @@ def langevin_step_(s: LangevinStep) -> None:
         decay=s.decay,
         sigma=s.sigma,
         draws=s.draws,
+        noise_table=0 if s.noise_table is None else s.noise_table.data_ptr(),
         nonfinite=0 if s.nonfinite is None else s.nonfinite.data_ptr(),
         threads=threads(),
     )

@@ -162,4 +162,4 @@ def kd_energy(p: Problem) -> tuple[Tensor | float, Tensor, int, str]:
     logits = p.logits.double()
     energy = energy_of(p, logits)
     gradient = (p.scale * _gradient_of(p, logits)).to(p.logits.dtype)
-    return float(energy.sum()) if p.summed else energy.to(p.accumulator), gradient, bad_row, fault
+    return p.total_factor * float(energy.sum()) if p.summed else energy.to(p.accumulator), gradient, bad_row, fault

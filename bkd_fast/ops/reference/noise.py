@@ -1,11 +1,13 @@
 """The noise in NumPy: the specification of csrc/noise.h a second time, for every other implementation to be equal to."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bkd_fast.ops.reference.arithmetic import fma
+from bkd_fast.kernels.exact import fma
 from bkd_fast.ops.registry import implements
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox4x32: Salmon, Moraes, Dror, Shaw (SC 2011)
@@ -90,12 +92,31 @@ def normals(
     count: int, *, seed: int, chain: int, step: int, parameter: int, tag: int, first_element: int
 ) -> NDArray[np.float32]:
     """The noise of elements first_element .. first_element + count - 1, float32 (count,)."""
+    w0, w1, w2, w3 = _blocks(count, seed, chain, step, parameter, tag, first_element)
+    return _elements([*normal_pair(w0, w1), *normal_pair(w2, w3)], count, first_element)
+
+
+def words(
+    count: int, *, seed: int, chain: int, step: int, parameter: int, tag: int, first_element: int
+) -> NDArray[np.uint32]:
+    """One random word for each of the elements first_element .. first_element + count - 1: its own of its block's four."""
+    return _elements(_blocks(count, seed, chain, step, parameter, tag, first_element), count, first_element)
+
+
+def _blocks(
+    count: int, seed: int, chain: int, step: int, parameter: int, tag: int, first_element: int
+) -> list[NDArray[np.uint32]]:
+    """The four words of every block that the elements touch."""
     first, last = first_element >> 2, (first_element + count - 1) >> 2
     blocks = np.arange(first, last + 1, dtype=np.uint64)
-    w0, w1, w2, w3 = philox(pack(blocks, step=step, chain=chain, parameter=parameter, tag=tag), seed)
-    values = np.stack([*normal_pair(w0, w1), *normal_pair(w2, w3)], axis=-1).reshape(-1)
-    skip = first_element - 4 * first
-    return values[skip : skip + count]
+    return philox(pack(blocks, step=step, chain=chain, parameter=parameter, tag=tag), seed)
+
+
+def _elements(of_blocks: list[NDArray[Any]], count: int, first_element: int) -> NDArray[Any]:
+    """Four numbers per block, put in a row and cut to the elements asked for."""
+    skip = first_element % 4
+    row: NDArray[Any] = np.stack(of_blocks, axis=-1).reshape(-1)[skip : skip + count]
+    return row
 
 
 @implements("normal_", "reference")

@@ -9,7 +9,7 @@ from importlib import import_module
 from bkd_fast.ops.gpu import why_not
 from bkd_fast.ops.registry import Backend, add_backend
 
-OPERATIONS: tuple[str, ...] = ()
+OPERATIONS: tuple[str, ...] = ("noise", "langevin", "kd", "head", "predictive", "sketch")
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -23,4 +23,4 @@ def _load() -> None:
         import_module(f"bkd_fast.ops.triton.{operation}")
 
 
-add_backend(Backend("triton", ("cpu",) if interpreted else ("cuda",), _missing, _load))
+add_backend(Backend("triton", ("cpu",) if interpreted else ("cuda",), _missing, _load, on_request=interpreted))

@@ -1,4 +1,4 @@
-"""Fused multiply-add with one rounding, emulated exactly in NumPy: what `fma` means on every backend."""
+"""Fused multiply-add with one rounding, emulated exactly in NumPy: what `fma` means on every backend, and in an interpreter."""
 
 from typing import Any
 
@@ -51,5 +51,5 @@ def _add_to_odd(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.fl
     total, error = _two_sum(a, b)
     bits = np.ascontiguousarray(total).view(np.int64)
     toward_error = np.where((error > 0) == (total > 0), 1, -1)
-    inexact_and_even = (error != 0) & ((bits & 1) == 0)
+    inexact_and_even = (np.abs(error) > 0) & ((bits & 1) == 0)  # not where an infinity made the error NaN
     return (bits + np.where(inexact_and_even, toward_error, 0)).view(np.float64)

@@ -1,10 +1,14 @@
-// exp of numbers <= 0 and log of positive numbers in explicit fma, the same bits on every instruction set: relative error
-// about 1e-7 (Cephes' polynomials).
+// exp of numbers <= 0 and log of positive numbers in explicit fma, the same bits on every instruction set and on GPUs:
+// relative error about 1e-7 (Cephes' polynomials).
 #pragma once
+#ifdef BKD_ISA  // a CPU kernel: vectors
 #include "cpu/simd.h"
-
 namespace bkd {
 namespace BKD_ISA {
+#else
+#include "scalar.h"
+namespace bkd {
+#endif
 
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // their sum is ln 2; the first has few bits
 constexpr float kExpLowest = -87.0f;                                  // below, exp is taken as 0
@@ -15,7 +19,7 @@ struct Exponential {
 };
 
 // NaN stays NaN.
-BKD_INLINE Exponential exp_nonpositive(Floats x) {
+BKD_HD Exponential exp_nonpositive(Floats x) {
   const Floats magic = set1(12582912.0f);  // 1.5 * 2^23: rounds to an integer, which the low bits then hold
   const Floats lowest = set1(kExpLowest);
   const Floats argument = max(lowest, x);
@@ -33,7 +37,7 @@ BKD_INLINE Exponential exp_nonpositive(Floats x) {
 }
 
 // Below the smallest normal number it is some number near -88, as for 0.
-BKD_INLINE Floats log_positive(Floats x) {
+BKD_HD Floats log_positive(Floats x) {
   const Ints i = as_ints(x);
   const Ints octaves = shift_right<23>(sub(i, set1i(0x3f3504f3)));  // relative to sqrt(1/2)
   const Floats f = sub(as_floats(sub(i, shift_left<23>(octaves))), set1(1.0f));
@@ -51,5 +55,7 @@ BKD_INLINE Floats log_positive(Floats x) {
   return fma(k, set1(kLn2High), add(f, y));
 }
 
+#ifdef BKD_ISA
 }  // namespace BKD_ISA
+#endif
 }  // namespace bkd

@@ -1,0 +1,40 @@
+"""The Langevin step on GPUs: all tensors of a call in one launch, through a table that stays on the device."""
+
+import torch
+from torch import Tensor
+
+from bkd_fast.kernels import langevin
+from bkd_fast.kernels.table import table_of
+from bkd_fast.ops.langevin import LangevinStep
+from bkd_fast.ops.registry import implements
+
+
+@implements("langevin_step_", "triton")
+def langevin_step_(s: LangevinStep) -> None:
+    with torch.cuda.device_of(s.theta[0]):
+        langevin.langevin_step_(
+            table_of(s.theta, s.gradient, s.center, s.mean, s.m2, s.master, s.parameters, s.first_elements),
+            s.theta[0].dtype,
+            centered=bool(s.center),
+            moments=bool(s.mean),
+            master=bool(s.master),
+            nonfinite=s.nonfinite,
+            noise_table=s.noise_table,
+            scalars=s.scalars,
+            clock=s.clock,
+            lr=s.lr,
+            decay=s.decay,
+            sigma=s.sigma,
+            draws=s.draws,
+            seed=s.seed,
+            chain=s.chain,
+            step=s.step,
+        )
+
+
+@implements("find_nonfinite", "triton")
+def find_nonfinite(tensors: list[Tensor]) -> Tensor:
+    found = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
+    with torch.cuda.device_of(tensors[0]):
+        langevin.find_nonfinite(table_of(tensors), tensors[0].dtype, found)
+    return found

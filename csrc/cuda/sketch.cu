@@ -1,0 +1,120 @@
+// Reading, sorting and merging the tiles of the dyadic logit histogram on GPUs: one thread per cell, its column of slots read in
+// step with its neighbours'; columns that change lie in shared memory meanwhile. Rare beside the updates.
+#include "sketch.h"
+
+namespace bkd {
+
+constexpr int kThreads = 256;
+
+// The cell of this thread, its row's count and its place; every thread of a block of kTileCells has a column of one tile.
+struct Here {
+  int64_t cell;
+  int count;
+  Column column;
+};
+
+template <int log2_bins>
+static __device__ __forceinline__ bool find_cell(uint16_t* counters, const int32_t* counts, int64_t rows, int64_t row_cells,
+                                                 Here& here) {
+  here.cell = (int64_t)blockIdx.x * kTileCells + threadIdx.x;
+  if (here.cell >= rows * row_cells) return false;
+  here.count = counts[here.cell / row_cells];
+  here.column = Column{counters + (int64_t)blockIdx.x * (kTileCells << log2_bins) + threadIdx.x};
+  return true;
+}
+
+// Grid of the three that follow: a block of kTileCells threads per tile.
+
+template <int log2_bins>
+__global__ void __launch_bounds__(kTileCells)
+    sort_cells(uint16_t* counters, const int32_t* counts, int64_t rows, int64_t row_cells) {
+  __shared__ uint16_t shared[kTileCells << log2_bins];
+  Here here;
+  if (!find_cell<log2_bins>(counters, counts, rows, row_cells, here) || here.count > 1 << log2_bins) return;
+  const Column codes{shared + threadIdx.x};  // no other thread's
+  for (int i = 0; i < here.count; ++i) codes[i] = here.column[i];
+  sort_codes(codes, here.count);
+  for (int i = 0; i < here.count; ++i) here.column[i] = codes[i];
+}
+
+template <int log2_bins>
+__global__ void __launch_bounds__(kTileCells)
+    quantile_cells(uint16_t* counters, const int16_t* minimum, const int16_t* maximum, const int32_t* counts, int64_t rows,
+                   int64_t row_cells, double q, int32_t* lower, int32_t* upper, float* point) {
+  Here here;
+  if (!find_cell<log2_bins>(counters, counts, rows, row_cells, here)) return;
+  const CodeQuantile found = quantile_of(here.column, here.count, minimum[here.cell], maximum[here.cell], log2_bins, q);
+  lower[here.cell] = found.lower;
+  upper[here.cell] = found.upper;
+  point[here.cell] = found.point;
+}
+
+template <int log2_bins>
+__global__ void __launch_bounds__(kTileCells)
+    merge_tiles(uint16_t* counters, int16_t* minimum, int16_t* maximum, const int32_t* counts, uint16_t* other_counters,
+                const int16_t* other_minimum, const int16_t* other_maximum, const int32_t* other_counts, int64_t rows,
+                int64_t row_cells) {
+  __shared__ uint16_t shared[kTileCells << log2_bins];
+  Here here, other;
+  if (!find_cell<log2_bins>(counters, counts, rows, row_cells, here)) return;
+  find_cell<log2_bins>(other_counters, other_counts, rows, row_cells, other);
+  if (other.count == 0) return;
+  const int min = minimum[here.cell], max = maximum[here.cell];
+  const int other_min = other_minimum[here.cell], other_max = other_maximum[here.cell];
+  const int least = min < other_min ? min : other_min, most = max > other_max ? max : other_max;
+  const Column merged{shared + threadIdx.x};
+  for (int slot = 0; slot < 1 << log2_bins; ++slot) merged[slot] = 0;
+  merge_cells(here.column, here.count, min, max, other.column, other.count, other_min, other_max, least, most, log2_bins, merged);
+  for (int slot = 0; slot < 1 << log2_bins; ++slot) here.column[slot] = merged[slot];
+  minimum[here.cell] = (int16_t)least;
+  maximum[here.cell] = (int16_t)most;
+}
+
+// The sum of every thread's number, the same tree for every call; kThreads threads.
+static __device__ __forceinline__ double sum_of_block(double mine, double* shared) {
+  __syncthreads();
+  shared[threadIdx.x] = mine;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+// Grid: a block per row. The largest code whose own and larger codes weigh `level` of all, by bisection: 17 passes over the row,
+// each a sum in one fixed order.
+template <int log2_bins>
+__global__ void __launch_bounds__(kThreads)
+    deviance_quantile(uint16_t* counters, const int16_t* minimum, const int16_t* maximum, const int32_t* counts,
+                      int64_t row_cells, double level, float* out) {
+  __shared__ double shared[kThreads];
+  const int64_t row = blockIdx.x;
+  const int count = counts[row];
+  if (count == 0) {
+    if (threadIdx.x == 0) out[row] = as_float(0x7FC00000u);  // NaN
+    return;
+  }
+  const auto weight_from = [&](int lowest) {
+    double weight = 0;
+    for (int64_t cell = row * row_cells + threadIdx.x; cell < (row + 1) * row_cells; cell += kThreads) {
+      const Column column{counters + cell / kTileCells * (kTileCells << log2_bins) + cell % kTileCells};
+      each_code(column, count, minimum[cell], maximum[cell], log2_bins, [&](int code, double draws) {
+        if (code >= lowest) weight += draws * (double)__fdividef(1.0f, 1.0f + expf(-(float)code / kCodesPerLogit));
+      });
+    }
+    return sum_of_block(weight, shared);
+  };
+  const double asked = level * weight_from(kCodeMin);
+  int reached = kCodeMin, missed = kCodeMax + 1;
+  while (missed - reached > 1) {
+    const int middle = (reached + missed) >> 1;  // arithmetic: rounds down
+    if (weight_from(middle) >= asked)
+      reached = middle;
+    else
+      missed = middle;
+  }
+  if (threadIdx.x == 0) out[row] = deviance_of(reached);
+}
+
+}  // namespace bkd

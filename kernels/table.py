@@ -1,0 +1,194 @@
+"""The launch table: what one launch over many tensors reads on the device, built when something moved and kept otherwise.
+
+Layout, shared by every kernel that works on lists of tensors::
+
+    rows        int64 (tensors, 8): addresses of theta, gradient, center, mean, m2 and master (0 where there is none),
+                the number of elements, the first element's index in its whole parameter
+    parameters  int32 (tensors,): the parameter's number, a coordinate of the noise
+    chunks      int32 (chunks, 2): (tensor, number of the chunk in it); one program or thread block each
+
+Chunks count from the start of the *noise block* that holds the tensor's first element: with `phase = first_element & 3`, chunk
+k holds the elements k * size - phase <= i < (k + 1) * size - phase that exist, so that four neighbours that share a Philox
+call share a thread whatever the shard. `size` is a power of two, `SMALLEST_CHUNK` to `LARGEST_CHUNK`.
+
+The host's work per call is to collect the addresses and look for a kept table that has them: frameworks replace parameters,
+and gradients move when `zero_grad` frees them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ROW = 8  # int64 entries of a row
+SMALLEST_CHUNK, LARGEST_CHUNK = 4096, 65536
+CHUNKS_WANTED = 1024  # at least, where the tensors are large enough: several for each of a GPU's 100 to 150 processors
+KEPT = 32  # tables: a sampler's launches, times the few places between which an allocator moves gradients
+ARENA = 2**17  # int64 entries, 1 MiB
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table in the memory of its device.
+
+    Attributes:
+        rows, parameters, chunks: see the head of this file.
+        size: elements of a chunk.
+        memory: what the three are views of.
+        uploaded: the stream that uploaded it and an event that follows the upload; None on a CPU or inside a capture.
+    """
+
+    rows: Tensor
+    parameters: Tensor
+    chunks: Tensor
+    size: int
+    memory: Tensor
+    uploaded: tuple[torch.cuda.Stream, torch.cuda.Event] | None
+
+
+@dataclass(eq=False)
+class _Arena:
+    """Pinned memory and as much on a device, laid by for tables that are built while a CUDA graph is being captured: memory
+    cannot be pinned then. The graph reads both on every replay, so nothing of it is ever used twice."""
+
+    host: Tensor
+    memory: Tensor
+    used: int = 0
+
+
+_tables: dict[tuple[object, ...], Table] = {}  # by addresses and coordinates; the least recently used first
+_arenas: dict[torch.device, _Arena] = {}
+_in_graphs: list[Table | _Arena] = []  # what graphs may read at any later time: kept for good
+
+
+def table_of(
+    theta: Sequence[Tensor],
+    gradient: Sequence[Tensor] = (),
+    center: Sequence[Tensor] = (),
+    mean: Sequence[Tensor] = (),
+    m2: Sequence[Tensor] = (),
+    master: Sequence[Tensor] = (),
+    parameters: Sequence[int] = (),
+    first_elements: Sequence[int] = (),
+) -> Table:
+    """The table of a launch on the current stream of theta's device.
+
+    Args:
+        theta: at least one tensor; all on one device.
+        gradient, center, mean, m2, master: like theta, or empty.
+        parameters, first_elements: one for each tensor, or empty for zeros.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and nothing is laid by for its table; one eager call lays it by.
+        torch.OutOfMemoryError: no memory; everything kept is as it was.
+    """
+    device = theta[0].device
+    addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in (theta, gradient, center, mean, m2, master)]
+    counts = tuple(map(Tensor.numel, theta))
+    key = (device, *addresses, counts, tuple(parameters), tuple(first_elements))
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.pop(key, None)
+    if table is None:
+        packed, size = _pack(addresses, counts, parameters, first_elements)
+        if capturing:
+            return _built_in_a_capture(packed, size, len(theta), device)
+        table = _upload(packed, size, len(theta), device)
+    _tables[key] = table
+    if capturing:
+        _in_graphs.append(table)  # uploaded long ago: a capture begins with a synchronised device
+    elif table.uploaded is not None:
+        _follow_upload(table, torch.cuda.current_stream(device))
+        _lay_by(4 * table.memory.numel(), device)
+    if len(_tables) > KEPT:
+        del _tables[next(iter(_tables))]
+    return table
+
+
+def _pack(
+    addresses: Sequence[tuple[int, ...]],
+    counts: tuple[int, ...],
+    parameters: Sequence[int],
+    first_elements: Sequence[int],
+) -> tuple[NDArray[np.int64], int]:
+    """The three arrays one behind the other, and the size of a chunk."""
+    tensors = len(counts)
+    rows = np.zeros((tensors, ROW), np.int64)
+    for column, values in enumerate((*addresses, counts, first_elements)):
+        if values:
+            rows[:, column] = np.array(values, np.uint64).view(np.int64)
+    count, phase = rows[:, 6], rows[:, 7] & 3
+    wanted = int(count.sum()) // CHUNKS_WANTED
+    size = min(max(1 << wanted.bit_length() >> 1, SMALLEST_CHUNK), LARGEST_CHUNK)
+    chunks_of = np.where(count > 0, -(-(count + phase) // size), 0)
+    first_chunk = np.cumsum(chunks_of) - chunks_of
+    tensor = np.repeat(np.arange(tensors), chunks_of)
+    chunk = np.arange(tensor.size) - first_chunk[tensor]
+    numbers = np.zeros(tensors + tensors % 2, np.int32)
+    numbers[:tensors] = parameters or 0
+    pairs = np.stack([tensor, chunk], axis=1).astype(np.int32)
+    return np.concatenate([rows.reshape(-1), numbers.view(np.int64), pairs.reshape(-1).view(np.int64)]), size
+
+
+def _table_in(
+    memory: Tensor, size: int, tensors: int, uploaded: tuple[torch.cuda.Stream, torch.cuda.Event] | None
+) -> Table:
+    """The packed arrays' views."""
+    numbers = ROW * tensors
+    pairs = numbers + (tensors + 1) // 2
+    return Table(
+        rows=memory[:numbers].view(tensors, ROW),
+        parameters=memory[numbers:pairs].view(torch.int32)[:tensors],
+        chunks=memory[pairs:].view(torch.int32).view(-1, 2),
+        size=size,
+        memory=memory,
+        uploaded=uploaded,
+    )
+
+
+def _upload(packed: NDArray[np.int64], size: int, tensors: int, device: torch.device) -> Table:
+    host = torch.from_numpy(packed)
+    if device.type != "cuda":
+        return _table_in(host, size, tensors, None)
+    pinned = host.pin_memory()  # torch frees it when the copy is done
+    memory = torch.empty_like(host, device=device).copy_(pinned, non_blocking=True)
+    stream = torch.cuda.current_stream(device)
+    return _table_in(memory, size, tensors, (stream, stream.record_event()))
+
+
+def _built_in_a_capture(packed: NDArray[np.int64], size: int, tensors: int, device: torch.device) -> Table:
+    """A table whose upload is a node of the graph, so that nobody else may count on it."""
+    arena = _arenas.get(device)
+    if arena is None or arena.host.numel() - arena.used < packed.size:
+        raise RuntimeError(
+            f"a CUDA graph is being captured and its step moves {tensors} tensors whose addresses are not on the device: "
+            "take one such step before capturing, which lays memory by for them"
+        )
+    place = slice(arena.used, arena.used + packed.size)
+    arena.used += packed.size + packed.size % 2  # 16 bytes apart, as far as anybody's loads are wide
+    _in_graphs.append(arena)
+    arena.host[place].numpy()[:] = packed
+    memory = arena.memory[place].copy_(arena.host[place], non_blocking=True)
+    return _table_in(memory, size, tensors, None)
+
+
+def _follow_upload(table: Table, stream: torch.cuda.Stream) -> None:
+    """Make `stream` wait for the upload, where another stream did it, and the memory wait for `stream`."""
+    assert table.uploaded is not None
+    uploader, event = table.uploaded
+    if stream != uploader:
+        stream.wait_event(event)
+        table.memory.record_stream(stream)
+
+
+def _lay_by(entries: int, device: torch.device) -> None:
+    """See that a capture finds memory for tables of so many entries."""
+    arena = _arenas.get(device)
+    if arena is None or arena.host.numel() - arena.used < entries:
+        entries = max(entries, ARENA)
+        _arenas[device] = _Arena(
+            torch.empty(entries, dtype=torch.int64, pin_memory=True),
+            torch.empty(entries, dtype=torch.int64, device=device),
+        )

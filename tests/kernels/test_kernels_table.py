@@ -1,0 +1,116 @@
+"""The launch table: its layout, that chunks cover every element once, when it is built again and how long it is kept."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="kernels/ is for GPUs and Triton's interpreter")
+
+from bkd_fast.kernels import table as tables
+from bkd_fast.kernels.table import table_of
+
+
+def _filled(*counts):
+    return [torch.zeros(count) for count in counts]
+
+
+def test_layout():
+    theta, gradient, center, mean, m2, master = (_filled(5, 0, 9000) for _ in range(6))
+    table = table_of(theta, gradient, center, mean, m2, master, [7, 8, 2**24 - 1], [0, 0, 2**38 - 9001])
+    assert table.rows.tolist() == [
+        [t.data_ptr() for t in lists] + [lists[0].numel(), first]
+        for lists, first in zip(
+            zip(theta, gradient, center, mean, m2, master, strict=True), (0, 0, 2**38 - 9001), strict=True
+        )
+    ]
+    assert table.parameters.tolist() == [7, 8, 2**24 - 1] and table.parameters.dtype == torch.int32
+    assert table.size == 4096 and table.chunks.dtype == torch.int32
+    assert table.chunks.tolist() == [[0, 0], [2, 0], [2, 1], [2, 2]]  # none for the empty tensor
+
+
+def test_lists_that_are_not_given_are_zeros():
+    table = table_of(_filled(5, 6))
+    assert not table.rows[:, 1:6].any() and not table.rows[:, 7].any() and not table.parameters.any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 7)), min_size=1, max_size=6),
+    st.sampled_from([1, 1000, 100_000]),
+)
+def test_chunks_cover_every_element_once(tensors, scale):
+    """Of tensors that are not there: packing looks at numbers only. At the largest scale one has more than 2^31 elements."""
+    counts, firsts = tuple(count * scale for count, _ in tensors), [first for _, first in tensors]
+    packed, size = tables._pack([tuple(counts), (), (), (), (), ()], counts, (), firsts)
+    table = tables._table_in(torch.from_numpy(packed), size, len(counts), None)
+    assert size in (4096, 8192, 16384, 32768, 65536) and size <= max(4096, sum(counts) / tables.CHUNKS_WANTED)
+    for number, (count, first) in enumerate(zip(counts, firsts, strict=True)):
+        chunks = table.chunks[table.chunks[:, 0] == number, 1].tolist()
+        assert chunks == list(range(len(chunks)))
+        # chunk k holds k size - phase <= i < (k + 1) size - phase
+        assert (len(chunks) * size - first % 4 >= count) and ((len(chunks) - 1) * size - first % 4 < max(count, 1))
+        assert bool(chunks) == bool(count)
+
+
+def test_a_table_is_kept_until_something_moves():
+    theta, gradient = _filled(10, 20), _filled(10, 20)
+    arguments = {"parameters": [0, 1], "first_elements": [0, 0]}
+    table = table_of(theta, gradient, **arguments)
+    assert table_of(list(theta), tuple(gradient), **arguments) is table
+    alive, gradient[1] = gradient[1], torch.zeros(20)  # the old one lives: the new one has another address
+    moved = table_of(theta, gradient, **arguments)
+    assert moved is not table and moved.rows[1, 1] == gradient[1].data_ptr()
+    assert table_of(theta, [gradient[0], alive], **arguments) is table  # allocators go to and fro
+    assert table_of(theta, gradient, parameters=[0, 2], first_elements=[0, 0]) is not table
+    assert table_of(theta, gradient, parameters=[0, 1], first_elements=[0, 4]) is not table
+    assert table_of([theta[0], theta[1][:19]], gradient, **arguments).rows[1, 6] == 19
+
+
+def test_few_tables_are_kept():
+    theta = _filled(10)
+    first = table_of(theta, parameters=[0], first_elements=[0])
+    used = table_of(theta, parameters=[1], first_elements=[0])
+    for number in range(2, tables.KEPT + 1):
+        table_of(theta, parameters=[number], first_elements=[0])
+        assert table_of(theta, parameters=[1], first_elements=[0]) is used
+    assert len(tables._tables) <= tables.KEPT
+    assert table_of(theta, parameters=[0], first_elements=[0]) is not first
+
+
+def test_a_table_that_cannot_be_built_leaves_the_kept_ones(monkeypatch):
+    theta = _filled(10)
+    table = table_of(theta, parameters=[0], first_elements=[0])
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_upload", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            table_of(theta, parameters=[3], first_elements=[0])
+    assert table_of(theta, parameters=[0], first_elements=[0]) is table
+    assert table_of(theta, parameters=[3], first_elements=[0]).parameters.tolist() == [3]
+
+
+def test_tables_of_a_capture_take_memory_that_was_laid_by_and_share_none(monkeypatch):
+    """The arena of a CPU, for want of a GPU: what differs there is who copies, and when."""
+    device = torch.device("cpu")
+    arena = tables._Arena(torch.zeros(60, dtype=torch.int64), torch.zeros(60, dtype=torch.int64))
+    monkeypatch.setattr(tables, "_arenas", {device: arena})
+    monkeypatch.setattr(tables, "_in_graphs", [])
+    built = []
+    for parameter in (5, 6):
+        theta = _filled(10, 5000)
+        addresses = [tuple(t.data_ptr() for t in theta), *[()] * 5]
+        packed, size = tables._pack(addresses, (10, 5000), [parameter, 9], [0, 3])
+        built.append((tables._built_in_a_capture(packed, size, 2, device), addresses[0]))
+    for (table, addresses), parameter in zip(built, (5, 6), strict=True):
+        assert table.rows[:, 0].tolist() == list(addresses) and table.rows[:, 7].tolist() == [0, 3]
+        assert table.parameters.tolist() == [parameter, 9]
+        assert table.chunks.tolist() == [[0, 0], [1, 0], [1, 1]]
+        assert table.rows.data_ptr() % 16 == arena.memory.data_ptr() % 16
+    assert tables._in_graphs  # nobody frees what a graph reads
+    with pytest.raises(RuntimeError, match="take one such step before capturing"):
+        tables._built_in_a_capture(packed, size, 2, device)
+        tables._built_in_a_capture(packed, size, 2, device)
