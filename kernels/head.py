@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bkd_fast.kernels.arithmetic import INTERPRETED, fma
+from bkd_fast.kernels.faults import fault_word
 from bkd_fast.kernels.half import narrow, widen
 from bkd_fast.kernels.noise import blocks_of, normal_pair, normals_of, words_of
 
@@ -48,16 +49,6 @@ NO_FAULT, LOGITS_NOT_FINITE, LOGITS_ALL_MASKED, TEACHER_NOT_FINITE, TEACHER_ALL_
     tl.constexpr(i) for i in range(5)
 )
 TEACHER_ON_MASKED_CLASS, TARGET_OUT_OF_RANGE, TARGET_ON_MASKED_CLASS = (tl.constexpr(i) for i in (6, 9, 11))
-
-
-@triton.jit
-def _record_faults(register, stamp, fault, row, rows, there):
-    """Put the faults of some rows, counted through the chains, into the fault register (kd_settle.py has its layout)."""
-    word = (4095 - (stamp >> 3)).to(tl.int64)
-    word = (word << 12) + 4095 - tl.minimum(row // rows, 4095)
-    word = (word << 32) + 4294967295 - row % rows
-    word = (((word << 3) + (stamp & 7)) << 4) + fault
-    tl.atomic_max(register + tl.zeros(row.shape, tl.int32), word, mask=there & (fault != NO_FAULT))
 
 
 @triton.jit
@@ -148,7 +139,8 @@ def row_statistics_kernel(
     bad = fault != NO_FAULT
     tl.store(out + TOP * all_rows, tl.where(bad, float("nan"), top), mask=there)
     tl.store(energy + row, tl.where(bad, float("nan"), value), mask=there)
-    _record_faults(register, stamp, fault, row, rows, there)
+    word = fault_word(stamp, row // rows, row % rows, fault)
+    tl.atomic_max(register + tl.zeros(row.shape, tl.int32), word, mask=there & (fault != NO_FAULT))
 
 
 @triton.jit

@@ -2,13 +2,7 @@
 
 Such a row is rare, so the kernels that compute the rows (kd.py) leave it as it comes, and this one, which reads every energy
 anyway, looks its numbers through again. A row with a fault (bkd_fast/ops/faults.py) gets energy NaN and gradient 0, and one
-atomic maximum puts a word into the device's fault register. From the highest bit:
-
-    12 bits   4095 - the call's number, so that the first call comes first
-    12        4095 - the chain, saturating
-    32        2^32 - 1 - the row, saturating
-    3         flags of the call, which come with its number in `stamp` = 8 * number + flags
-    4         the fault's code (csrc/kd.h), 1 or more: a word of 0 is no fault
+atomic maximum puts a word into the device's fault register (faults.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bkd_fast.kernels.faults import fault_word
 from bkd_fast.kernels.half import narrow
 from bkd_fast.kernels.kd_row import (
     HARD,
@@ -137,10 +132,7 @@ def _settle_row(logits, teacher, labels, soft, weights, gradient, energy, regist
     code = _fault_of(z_base, t_base, y_base, weights_base, label, out_of_range, stride, s, REAL, CLASSES, TEACHERS, PRIOR,
                      PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
     if code != 0:
-        word = tl.full((), 0, tl.int64) + 4095 - (stamp >> 3)
-        word = (word << 12) + 4095 - tl.minimum(chain, 4095)
-        word = (word << 32) + 4294967295 - tl.minimum(row, 4294967295)
-        tl.atomic_max(register, (((word << 3) + (stamp & 7)) << 4) + code)
+        tl.atomic_max(register, fault_word(stamp, chain, row, code))
         tl.store(energy + at, NAN)
         lane = tl.arange(0, BLOCK)
         zero = tl.zeros((BLOCK,), g_base.dtype.element_ty)

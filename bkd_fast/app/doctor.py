@@ -55,7 +55,7 @@ def examine() -> list[Finding]:
             findings += _examine_instruction_sets(expected)
         else:
             with use_backend(backend.name):
-                findings.append(_judge(backend.name, devices, expected))
+                findings.append(_judge(backend.name, backend.devices[0], expected))
     return findings
 
 
@@ -78,23 +78,24 @@ def _examine_instruction_sets(expected: dict[str, Tensor]) -> list[Finding]:
     return findings
 
 
-def _judge(name: str, devices: str, expected: dict[str, Tensor]) -> Finding:
-    found = _exercise()
+def _judge(name: str, device: str, expected: dict[str, Tensor]) -> Finding:
+    found = _exercise(device)
     for operation, wanted in expected.items():
         allowed = 0.0 if operation == "noise" else TOLERANCE
         gap = float((found[operation] - wanted).abs().max())
         if not gap <= allowed:
             reason = f"{operation}: differs from the reference by {gap:.3g}, allowed {allowed:g}"
-            return Finding(name, devices, WRONG, reason)
-    return Finding(name, devices, WORKS, f"agrees with the reference on {', '.join(expected)}")
+            return Finding(name, device, WRONG, reason)
+    return Finding(name, device, WORKS, f"agrees with the reference on {', '.join(expected)}")
 
 
-def _exercise() -> dict[str, Tensor]:
-    """Every operation once, at an odd size, on fixed input."""
+def _exercise(device: str = "cpu") -> dict[str, Tensor]:
+    """Every operation once, at an odd size, on fixed input; results on the CPU."""
     rows, classes = 37, 11
-    ramp = torch.linspace(-3, 3, rows * classes).view(rows, classes)
+    ramp = torch.linspace(-3, 3, rows * classes).view(rows, classes).to(device)
     logits = (5 * torch.sin(7 * ramp)).requires_grad_()
-    energy = bkd.KDLoss(2.0, 2.0)(logits, torch.arange(rows) % classes, teacher_logits=torch.cos(3 * ramp))
+    labels = (torch.arange(rows) % classes).to(device)
+    energy = bkd.KDLoss(2.0, 2.0)(logits, labels, teacher_logits=torch.cos(3 * ramp))
     energy.backward()
     assert logits.grad is not None
 
@@ -102,11 +103,18 @@ def _exercise() -> dict[str, Tensor]:
     theta.grad = torch.sin(ramp)
     bkd.SGLD([theta], lr=0.1, num_data=10, prior_precision=1.0, seed=1).step()
 
-    posterior = bkd.PosteriorPredictive(num_rows=rows, num_classes=classes)
+    posterior = bkd.PosteriorPredictive(num_rows=rows, num_classes=classes, device=device)
     posterior.update_logits(torch.stack([logits.detach() + shift * ramp for shift in range(4)]))
-    return {
-        "noise": bkd.noise.normal((1001,), seed=1),
+
+    head = bkd.LinearHeadSampler(
+        classes, 3, lr=0.1, num_data=10, prior_strength=2.0, temperature=2.0, seed=1, device=device
+    )
+    head.step(ramp, labels % 3, torch.cos(ramp[:, :3]))
+    found = {
+        "noise": bkd.noise.normal((1001,), seed=1, device=device),
         "Langevin step": theta.detach(),
         "KD energy": torch.cat([energy.detach().view(1), logits.grad.flatten()]),
         "posterior predictive": torch.cat([posterior.mean, posterior.quantile(0.9)]),
+        "head step": head.weight.detach(),
     }
+    return {operation: result.cpu() for operation, result in found.items()}

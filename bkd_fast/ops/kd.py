@@ -118,10 +118,10 @@ def _energy_of(
     inputs = Inputs(logits, target, teacher, mixture_weights, ignore_index)
     register = register_of(logits.device) if records(logits.device) else None
     problem = Problem(
-        logits=logits.reshape(-1, rows, classes).contiguous(),
+        logits=_with_leading(logits).contiguous(),
         labels=target.contiguous() if target is not None and hard else None,
         soft=target.contiguous() if target is not None and not hard else None,
-        teacher=teacher.reshape(-1, rows, classes).contiguous() if teacher is not None else None,
+        teacher=_with_leading(teacher).contiguous() if teacher is not None else None,
         weights=mixture_weights.to(torch.float64).contiguous() if mixture_weights is not None else None,
         prior=prior if teacher is not None else "none",
         teacher_is_probs=teacher_is_probs,
@@ -139,12 +139,17 @@ def _energy_of(
     energy, gradient, bad_row, fault = find("kd_energy", logits.device)(problem)
     if bad_row >= 0:
         raise error_of(Fault(fault, bad_row // rows, bad_row % rows, 0, form), inputs)
-    gradient = gradient.reshape(logits.shape)
+    gradient = gradient.squeeze(0) if logits.dim() == 2 else gradient.reshape(logits.shape)
     if reduction == "none":
         return energy.reshape(logits.shape[:-1]), gradient
     if not isinstance(energy, Tensor):
-        energy = torch.tensor(energy, dtype=problem.accumulator)
+        energy = torch.scalar_tensor(energy, dtype=problem.accumulator)
     return energy, gradient
+
+
+def _with_leading(tensor: Tensor) -> Tensor:
+    """(..., rows, classes) as (leading, rows, classes)."""
+    return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.reshape(-1, *tensor.shape[-2:])
 
 
 @torch.library.register_fake("bkd_fast::kd_energy", lib=_LIBRARY)
@@ -275,9 +280,12 @@ class _Energy(torch.autograd.Function):
     """The operation for eager mode: a library's operation has its autograd too, at several times the overhead."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, settings = inputs  # in one tuple: every input costs the graph something
+        arguments = (*tensors, *settings)
         energy, gradient = _eager(*arguments)
         _setup_context(ctx, arguments, (energy, gradient))
+        ctx.inputs = len(inputs)
         ctx.private = True
         return energy, gradient
 
@@ -345,20 +353,19 @@ def kd_energy(
     and `faults.check_faults` raises. The first call on a device must not be inside a CUDA graph's capture (RuntimeError).
     """
     _check(logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength)
-    energy: Tensor
-    energy_of: Callable[..., Any]
-    if torch.compiler.is_compiling():
-        energy_of = torch.ops.bkd_fast.kd_energy
-    elif torch._C._are_functorch_transforms_active():
-        energy_of = _TransformedEnergy.apply
-    elif logits.requires_grad and torch.is_grad_enabled():
-        energy_of = _Energy.apply
-    else:
-        energy_of = _eager
-    energy, _ = energy_of(
-        logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength, temperature, label_weight,
-        label_smoothing, ignore_index, reduction,
+    tensors = (logits, target, teacher, mixture_weights)
+    settings = (
+        prior, teacher_is_probs, prior_strength, temperature, label_weight, label_smoothing, ignore_index, reduction,
     )  # fmt: skip
+    energy: Tensor
+    if torch.compiler.is_compiling():
+        energy, _ = torch.ops.bkd_fast.kd_energy(*tensors, *settings)
+    elif torch._C._are_functorch_transforms_active():
+        energy, _ = _TransformedEnergy.apply(*tensors, *settings)
+    elif logits.requires_grad and torch.is_grad_enabled():
+        energy, _ = _Energy.apply(*tensors, settings)
+    else:
+        energy, _ = _eager(*tensors, *settings)
     return energy
 
 

@@ -26,6 +26,11 @@ Rounding: TypeAlias = Literal["stochastic", "nearest", "master"]
 
 NONFINITE_RULES = ("raise", "skip", "record", "propagate")
 ROUNDINGS = ("stochastic", "nearest", "master")
+# what `check_hyperparameters` looks at, but the step count
+SETTINGS = (
+    "lr", "temperature", "prior_precision", "weight_decay", "num_data", "nonfinite", "capturable", "moments", "rounding",
+    "seed", "chain",
+)  # fmt: skip
 CHECK_EVERY = 1000  # steps between calls of check()
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
 COARSE_SHARE = 0.01  # of the elements, that may be spaced by more than a quarter of it
@@ -46,6 +51,7 @@ class Sampler(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
+        self._checked: dict[int, list[Any]] = {}
         self._steps = 0  # calls of step()
         # flags of what "record" found: (group, device, positions in the group) -> bool (positions,); None for other rules
         self._flags: dict[tuple[int, torch.device, tuple[int, ...]], Tensor | None] = {}
@@ -130,8 +136,8 @@ class Sampler(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(index, group, launches(group)) for index, group in enumerate(self.param_groups)]
-        for _, group, _ in work:
-            check_hyperparameters(group)
+        for index, group, _ in work:
+            self._check_changes(index, group)
         capturing = _is_capturing()
         if capturing:
             self._check_capture(work)
@@ -174,6 +180,13 @@ class Sampler(torch.optim.Optimizer):
     ) -> None:
         """Take the step of one launch; `clock` holds the step of a capturable group, whose `lr` is a tensor on its device."""
         raise NotImplementedError
+
+    def _check_changes(self, index: int, group: dict[str, Any]) -> None:
+        """`check_hyperparameters`, once for the same settings: schedules and users may assign any at any time."""
+        settings = [group[name] for name in SETTINGS]
+        if settings != self._checked.get(index) or isinstance(group["lr"], Tensor):  # a tensor's value changes in place
+            check_hyperparameters(group)
+            self._checked[index] = settings
 
     # ---- CUDA graphs ----
 
@@ -439,6 +452,7 @@ class Sampler(torch.optim.Optimizer):
             group.setdefault("rounding", "nearest")  # what samplers did before there was a choice
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_steps", 0)
+        self.__dict__.setdefault("_checked", {})
         self.__dict__.setdefault("_flags", {})
         self.__dict__.setdefault("_clocks", {})
         self.__dict__.setdefault("_check_order", False)

@@ -71,8 +71,8 @@ def test_doctor_notices_a_backend_that_computes_something_else(monkeypatch):
     exercise = doctor._exercise
     calls = []
 
-    def wrong_after_the_first():
-        found = exercise()
+    def wrong_after_the_first(device="cpu"):
+        found = exercise(device)
         calls.append(found)
         if len(calls) > 1:
             found["KD energy"] = found["KD energy"] + 0.01
@@ -91,7 +91,7 @@ def test_doctor_notices_a_backend_that_computes_something_else(monkeypatch):
 def test_doctor_says_why_an_instruction_set_is_missing(monkeypatch):
     if doctor.native is None:
         pytest.skip("the compiled kernels are missing")
-    monkeypatch.setattr(doctor, "_exercise", lambda: {"noise": torch.zeros(1)})
+    monkeypatch.setattr(doctor, "_exercise", lambda device="cpu": {"noise": torch.zeros(1)})
     found = {finding.name: finding for finding in doctor.examine()}
     for isa in ("scalar", "avx2", "avx512"):
         expected = doctor.WORKS if isa in doctor.native.isas() else doctor.MISSING
