@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt
 
-.PHONY: demo test lint bench mutants gpu format clean help
+.PHONY: demo test test-all lint bench mutants gpu format clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,9 @@ demo: $(VENV)/.built  ## the main job on scikit-learn's digits, from teacher to 
 
 test: $(VENV)/.built  ## the tests
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.built  ## the tests, and those that take minutes
+	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.built  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -38,7 +38,8 @@ template <> struct Format<Half> { using Real = float; static constexpr int kFiel
 template <class T> using RealOf = typename Format<T>::Real;
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerProcessor = 8;  // 64 registers a thread
+// 64 registers a thread; 80 where eight neighbours carry their moments, which spilled otherwise
+template <class T, bool moments> constexpr int kBlocksPerProcessor = sizeof(T) == 2 && moments ? 6 : 8;
 
 // neighbours that a thread takes together, so that an access has 16 bytes; how many such runs of a tile it takes
 template <class T> constexpr int kRun = sizeof(T) == 2 ? 8 : 4;
@@ -215,7 +216,7 @@ template <class T, class Real> __device__ __forceinline__ bool is_aligned(const 
 // for each tensor, or is null: no check; `noise_table` has kFields entries where the rounding is stochastic. Without `noisy`
 // or `prior` the step is that of sigma = 0 or decay = 0.
 template <class T, Rounding rounding, bool noisy, bool prior, bool moments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T, moments>)
     langevin_step(const Row<T, RealOf<T>>* rows, const int32_t* parameters, const Chunk* chunks, int32_t chunk_size,
                   uint8_t* nonfinite, const float* noise_table, const RealOf<T>* scalars, const int64_t* clock, uint64_t seed,
                   uint64_t step, uint32_t chain, RealOf<T> lr, RealOf<T> decay, RealOf<T> sigma, RealOf<T> inverse_count) {

@@ -96,8 +96,9 @@ def instances():
 @pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("instance", [*instances(), *map(find_instance_of, DTYPES)])
-def test_every_instance_compiles_without_spills_in_64_registers(instance, capability):
+def test_every_instance_compiles_without_spills(instance, capability):
     pytest.importorskip("triton", reason="needs the disassembler of Triton's wheel (pip install 'bkd_fast[gpu]')")
     code = CudaVariant(instance, "langevin.cu", instance).compile(capability)
     assert code.spills == code.local == code.stack == 0
-    assert code.registers <= 64
+    sixteen_bits_and_moments = ("BFloat16" in instance or "Half" in instance) and instance.endswith("true>")
+    assert code.registers <= (80 if sixteen_bits_and_moments else 64)
