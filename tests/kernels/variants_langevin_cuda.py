@@ -1,5 +1,5 @@
 """The CUDA Langevin step, to be compiled: dtypes and options, with their budgets. `record` is always in: it costs one comparison
-and one select per element. test_kernels_langevin_cuda.py compiles the rest."""
+and one select per element. test_kernels_cuda.py compiles the rest."""
 
 import torch
 from sass import Budget, CudaVariant
@@ -15,7 +15,9 @@ def step(dtype, instructions, rounding="nearest", noisy=True, prior=True, moment
         f"{str(dtype).removeprefix('torch.')}, {', '.join([rounding, *options])}",
         source="langevin.cu",
         instance=instance_of(dtype, rounding, noisy, prior, moments),
-        budget=Budget(64, instructions, elements, "loop", loads={16}, stores={16}),
+        budget=Budget(
+            80 if moments and dtype.itemsize == 2 else 64, instructions, elements, "loop", loads={16}, stores={16}
+        ),
     )
 
 
