@@ -2,7 +2,7 @@
 
 On a CPU an operation raises before anything has happened. On a GPU that would make the host wait, so there the rule is to
 record: the row gets energy NaN and gradient 0, and its fault goes as one word into a register of the device, where the first
-call's first row stays (kernels/kd_settle.py has the layout). `check_faults` reads the registers, and raises.
+call's first row stays (kernels/faults.py has the layout). `check_faults` reads the registers, and raises.
 """
 
 import weakref
@@ -61,7 +61,7 @@ class Form:
 
 
 def decode(word: int) -> Fault | None:
-    """What a register's word says (kernels/kd_settle.py has the layout)."""
+    """What a register's word says (kernels/faults.py has the layout)."""
     if word == 0:
         return None
     flags = word >> 4 & 7

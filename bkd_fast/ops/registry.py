@@ -98,6 +98,8 @@ def check_backend(name: str, spelled: str = "backend") -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Inside the block, run operations on the backend `name` ("cpp", "triton", "cuda", "reference") on devices that it serves.
 
+    An operation that it does not have (`cuda` has no KD energy, say) runs where it would without the choice.
+
     Raises:
         ValueError: there is no backend of that name.
         BackendUnavailableError: it cannot run here.

@@ -187,6 +187,7 @@ class Sampler(torch.optim.Optimizer):
         if settings != self._checked.get(index) or isinstance(group["lr"], Tensor):  # a tensor's value changes in place
             check_hyperparameters(group)
             self._checked[index] = settings
+        check_field("step", group["step"])  # the one that changes by itself
 
     # ---- CUDA graphs ----
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bkd_fast as bkd
+from bkd_fast.ops import registry
 from bkd_fast.ops.registry import find, use_backend
 
 
@@ -82,3 +83,15 @@ def test_a_gpu_backend_says_what_is_missing():
     assert re.search("CUDA device|not installed", bkd.backends()["cuda"].missing)
     with pytest.raises(bkd.BackendUnavailableError, match="cannot run here"), bkd.use_backend("cuda"):
         pass
+
+
+def test_an_operation_that_the_chosen_backend_lacks_runs_where_it_would_without_the_choice(monkeypatch):
+    pytest.importorskip("bkd_fast._native", reason="the compiled backend is not installed")
+    monkeypatch.delitem(registry._IMPLEMENTATIONS, ("normal_", "reference"))
+    registry._find.cache_clear()
+    try:
+        with use_backend("reference"):
+            assert find("normal_", torch.device("cpu")).__module__ == "bkd_fast.ops.cpp.noise"
+            assert find("kd_energy", torch.device("cpu")).__module__ == "bkd_fast.ops.reference.kd"
+    finally:
+        registry._find.cache_clear()

@@ -550,3 +550,15 @@ def test_unknown_parameter_has_no_moments():
         sampler.moments(sampler.param_groups[0]["params"][0])
     with pytest.raises(ValueError, match="every = 0"):
         sampler.track_moments(every=0)
+
+
+def test_a_step_beyond_the_counter_is_an_error_before_anything_moves():
+    theta = torch.nn.Parameter(torch.ones(3))
+    theta.grad = torch.ones(3)
+    sampler = bkd.SGLD([theta], 0.1, num_data=10)
+    sampler.step()
+    sampler.param_groups[0]["step"] = 2**44
+    before = theta.detach().clone()
+    with pytest.raises(ValueError, match="step = 17592186044416"):
+        sampler.step()
+    assert torch.equal(theta, before)
