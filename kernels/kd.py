@@ -106,6 +106,17 @@ def on_chip(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignor
 
 
 @triton.jit
+def label_of_row(labels, row, rows, z_base, z_top, ignore_index, s, REAL: tl.constexpr, CLASSES: tl.constexpr,
+                 LABELS: tl.constexpr):  # fmt: skip
+    """Of one row: its label or -1, whether the label is out of range, and the label's logit less the largest."""
+    label, out_of_range, x_label = tl.full((), -1, tl.int32), row < 0, z_top
+    if LABELS == HARD:
+        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES)
+        x_label = tl.where(label >= 0, tl.load(z_base + tl.maximum(label, 0)).to(REAL) - z_top, 0.0)
+    return label, out_of_range, x_label
+
+
+@triton.jit
 def _write_tile(g_base, z_base, t_base, y_base, column, label, z_top, t_top, c, s, REAL: tl.constexpr, CLASSES: tl.constexpr,
                 FULL: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr, LABELS: tl.constexpr,
                 SMOOTHED: tl.constexpr):  # fmt: skip
@@ -139,10 +150,9 @@ def tiled(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignore_
         z_base, t_base, y_base, s, REAL, CLASSES, PRIOR, PROBS, POWER, LABELS, SMOOTHED, BLOCK
     )
 
-    label, out_of_range, x_label = tl.full((), -1, tl.int32), row < 0, z_top
-    if LABELS == HARD:
-        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES)
-        x_label = tl.where(label >= 0, tl.load(z_base + tl.maximum(label, 0)).to(REAL) - z_top, 0.0)
+    label, out_of_range, x_label = label_of_row(
+        labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS
+    )
     e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED)
     tl.store(energy + at + tl.arange(0, 1)[None, :], e)
 
@@ -211,10 +221,9 @@ def mixture(logits, teacher, labels, soft, weights, gradient, energy, rows, bloc
     total, z_top, _no_teacher = sums_of_row(
         z_base, z_base, y_base, s, REAL, CLASSES, NONE, False, POWER, LABELS, SMOOTHED, BLOCK
     )
-    label, out_of_range, x_label = tl.full((), -1, tl.int32), row < 0, z_top
-    if LABELS == HARD:
-        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES)
-        x_label = tl.where(label >= 0, tl.load(z_base + tl.maximum(label, 0)).to(REAL) - z_top, 0.0)
+    label, out_of_range, x_label = label_of_row(
+        labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS
+    )
     e, c = finish_rows(total, label, x_label, out_of_range, s, NONE, False, POWER, LABELS, SMOOTHED)
     factor = s.scale * s.strength * s.inverse_temperature
     student = c.student + factor / total.student  # beside c.student, which is of w = u where POWER is 1
