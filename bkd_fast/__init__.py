@@ -10,13 +10,18 @@ from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteEr
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Draws, PosteriorPredictive
-from bkd_fast.samplers import SGLD
+from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC
 from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BAOAB",
+    "PSGLD",
+    "SGHMC",
     "SGLD",
+    "SGNHT",
+    "AdamSGHMC",
     "BKDFastWarning",
     "BackendUnavailableError",
     "Callback",

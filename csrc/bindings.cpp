@@ -65,34 +65,56 @@ static bkd::Storage storage_named(const std::string& name) {
   return bkd::Storage::float32;
 }
 
+static bkd::Rule rule_named(const std::string& name) {
+  if (name == "sghmc") return bkd::Rule::sghmc;
+  if (name == "nesterov") return bkd::Rule::nesterov;
+  if (name == "rmsprop") return bkd::Rule::rmsprop;
+  if (name == "adam") return bkd::Rule::adam;
+  if (name == "sgnht") return bkd::Rule::sgnht;
+  if (name == "baoab") return bkd::Rule::baoab;
+  return bkd::Rule::sgld;
+}
+
 void bind_langevin(py::module_& m) {
-  m.def("langevin_step", [](const std::vector<Address>& theta, const std::vector<Address>& gradient,
+  m.def("langevin_step", [](const std::string& rule, const std::vector<Address>& theta, const std::vector<Address>& gradient,
                             const std::vector<Address>& center, const std::vector<Address>& mean,
                             const std::vector<Address>& m2, const std::vector<Address>& master,
+                            const std::vector<Address>& first, const std::vector<Address>& second,
                             const std::vector<int64_t>& counts, const std::vector<uint64_t>& first_elements,
                             const std::vector<uint32_t>& parameters, const std::string& dtype, uint64_t seed, uint64_t step,
-                            uint32_t chain, double lr, double decay, double sigma, int64_t draws, Address noise_table,
-                            Address nonfinite, int threads) {
+                            uint32_t chain, int64_t chains, const std::vector<std::vector<double>>& numbers, int64_t draws,
+                            Address noise_table, Address nonfinite, int threads) {
+    const auto at = [](const std::vector<Address>& addresses, size_t t) {
+      return addresses.empty() ? nullptr : pointer(addresses[t]);
+    };
     std::vector<bkd::LangevinTensor> tensors(theta.size());
     for (size_t t = 0; t < theta.size(); ++t)
-      tensors[t] = {pointer(theta[t]), pointer(gradient[t]), center.empty() ? nullptr : pointer(center[t]),
-                    mean.empty() ? nullptr : pointer(mean[t]), m2.empty() ? nullptr : pointer(m2[t]),
-                    master.empty() ? nullptr : pointer<float>(master[t]), counts[t], first_elements[t], parameters[t],
+      tensors[t] = {at(theta, t), at(gradient, t), at(center, t), at(mean, t), at(m2, t), static_cast<float*>(at(master, t)),
+                    at(first, t), at(second, t), counts[t], first_elements[t], parameters[t], 0,
                     nonfinite ? pointer<uint8_t>(nonfinite) + t : nullptr};
+    const bkd::Storage storage = storage_named(dtype);
+    if (chains > 1) tensors = bkd::split_into_chains(tensors, storage, chains);
+    std::vector<bkd::StepNumbers> of_chains;
+    for (const std::vector<double>& given : numbers) {
+      bkd::StepNumbers n{given[0], given[1], given[2], {}};
+      std::copy(given.begin() + 3, given.end(), n.own);
+      of_chains.push_back(n);
+    }
     const double inverse_count = draws > 0 ? 1.0 / static_cast<double>(draws) : 0.0;
     const bkd::Rounding rounding = noise_table      ? bkd::Rounding::stochastic
                                    : master.empty() ? bkd::Rounding::nearest
                                                     : bkd::Rounding::master;
-    const bkd::LangevinStep s{storage_named(dtype), rounding, seed, step, chain, lr, decay, sigma, inverse_count,
-                              pointer<float>(noise_table)};
+    const bkd::LangevinStep s{rule_named(rule), storage, rounding, seed, step, chain, of_chains.data(), of_chains.size() > 1,
+                              inverse_count, pointer<float>(noise_table)};
     py::gil_scoped_release release;
     bkd::langevin_step(tensors, s, threads);
-  }, py::arg("theta"), py::arg("gradient"), py::arg("center"), py::arg("mean"), py::arg("m2"), py::arg("master"),
-     py::arg("counts"), py::arg("first_elements"), py::arg("parameters"), py::arg("dtype"), py::kw_only(), py::arg("seed"),
-     py::arg("step"), py::arg("chain"), py::arg("lr"), py::arg("decay"), py::arg("sigma"), py::arg("draws"),
-     py::arg("noise_table"), py::arg("nonfinite"), py::arg("threads"),
-     "One SGLD step of tensors of one dtype; center, mean, m2 and master may be empty lists; noise_table is 0 or an address; "
-     "nonfinite is 0 or the address of a byte per tensor.");
+  }, py::arg("rule"), py::arg("theta"), py::arg("gradient"), py::arg("center"), py::arg("mean"), py::arg("m2"),
+     py::arg("master"), py::arg("first"), py::arg("second"), py::arg("counts"), py::arg("first_elements"),
+     py::arg("parameters"), py::arg("dtype"), py::kw_only(), py::arg("seed"), py::arg("step"), py::arg("chain"),
+     py::arg("chains"), py::arg("numbers"), py::arg("draws"), py::arg("noise_table"), py::arg("nonfinite"), py::arg("threads"),
+     "One step of tensors of one dtype by a rule of csrc/rules.h; lists of addresses may be empty; numbers: (lr, decay, sigma, "
+     "the rule's own) for each chain, or one for all; noise_table is 0 or an address; nonfinite is 0 or the address of a byte "
+     "per tensor.");
   m.def("find_nonfinite", [](const std::vector<Address>& data, const std::vector<int64_t>& counts, const std::string& dtype,
                              int threads) {
     std::vector<const void*> pointers;

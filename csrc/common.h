@@ -88,5 +88,23 @@ BKD_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
 template <class T> BKD_HD T add(T a, T b) { return a + b; }
 template <class T> BKD_HD T sub(T a, T b) { return a - b; }
 template <class T> BKD_HD T mul(T a, T b) { return a * b; }
+BKD_HD float div(float a, float b) { return a / b; }  // to nearest on every backend, as the square roots are
+BKD_HD double div(double a, double b) { return a / b; }
+BKD_HD float root(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+BKD_HD double root(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+BKD_HD float reciprocal(float x) { return 1.0f / x; }
+BKD_HD double reciprocal(double x) { return 1.0 / x; }
 
 }  // namespace bkd

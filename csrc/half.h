@@ -9,6 +9,7 @@ struct BFloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
 enum class Storage { float32, float64, bfloat16, float16 };  // what a tensor of reals is made of
+constexpr int size_of(Storage s) { return s == Storage::float64 ? 8 : s == Storage::float32 ? 4 : 2; }
 
 BKD_HD float widen(float x) { return x; }
 BKD_HD double widen(double x) { return x; }

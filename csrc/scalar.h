@@ -11,7 +11,6 @@ using Mask = bool;
 
 BKD_HD float set1(float x) { return x; }
 BKD_HD int32_t set1i(int32_t x) { return x; }
-BKD_HD float div(float a, float b) { return a / b; }
 BKD_HD float fnma(float a, float b, float c) { return fma(-a, b, c); }  // c - a b
 BKD_HD float max(float a, float b) { return a > b ? a : b; }            // b where either is NaN
 BKD_HD bool less(float a, float b) { return a < b; }

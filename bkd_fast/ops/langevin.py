@@ -1,13 +1,13 @@
-"""Operation A, the Langevin step: every tensor of one dtype and one group, in place, in one call.
+"""Operation A, the Langevin step: every tensor of one dtype and one group, of all its chains, in place, in one call.
 
-    theta <- theta - lr (gradient + decay (theta - center)) + sigma xi
+    g = gradient + decay (theta - center), then the sampler's rule; of SGLD    theta <- theta - lr g + sigma xi
 
 with xi the noise of csrc/noise.h; optionally the running mean and squared deviation of theta in the same pass.
 The arithmetic, in this order, is the contract (csrc/langevin.h): one fp32 step is bit-equal on every backend.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from bkd_fast.ops.noise import LIMITS, signed
 from bkd_fast.ops.registry import find
 from bkd_fast.ops.rounding import TABLE_SIZES
+from bkd_fast.ops.rules import RULES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class LangevinStep:
-    """One SGLD step of tensors of one dtype and device: the operation's arguments, in the order of its schema.
+    """One step of tensors of one dtype and device: the operation's arguments, in the order of its schema.
 
     Attributes:
         theta: parameters of any shape, dense in memory (`is_dense`); float32, float64, bfloat16 or float16.
@@ -32,10 +33,10 @@ class LangevinStep:
             empty for none. Updated with the new theta.
         nonfinite: bool (len(theta),): entry i is set where gradient i holds a NaN or an infinity; such elements keep their
             value. None: no check.
-        lr: step size on the mean loss.
+        lr: step size on the mean loss (or what the rule has in its place: csrc/langevin.h).
         decay: prior precision over the number of data. (To maximise, negate lr and decay: that rounds as negating the gradient.)
-        sigma: standard deviation of the noise added.
-        seed, chain, step: coordinates of the noise, the same for all tensors.
+        sigma: standard deviation of the noise added (before a rule's own scaling).
+        seed, chain, step: coordinates of the noise, the same for all tensors; `chain` is the first of `chains`.
         parameters: number of each parameter, a coordinate of the noise.
         first_elements: index of each tensor's first element in its whole parameter (0 unless it is a shard).
         draws: how many draws `mean` and `m2` hold after this one.
@@ -44,10 +45,17 @@ class LangevinStep:
         noise_table: float32 (256,) for bfloat16 or (32,) for float16, for stochastic rounding of 16-bit theta: the noise's
             standard deviation by the exponent field that theta has before the noise, instead of sigma (csrc/langevin.h;
             `rounding.noise_table` makes it). None: theta is rounded to nearest. Not with a master.
-        scalars: (3,) on theta's device, (lr, decay, sigma) in the type of the arithmetic (float64 for float64 theta, else
-            float32): taken instead of the three numbers, so that a CUDA graph that holds the step follows a schedule. The
-            numbers still say by being 0 that there is no prior (decay) or no noise (sigma). None: the numbers.
+        scalars: (3 + own,) or, for numbers of each chain, (chains, 3 + own) on theta's device, (lr, decay, sigma, *own) in the
+            type of the arithmetic (float64 for float64 theta, else float32): taken instead of the numbers, so that a CUDA
+            graph that holds the step follows a schedule. The numbers still say by being 0 that there is no prior (decay) or
+            no noise (sigma). None: the numbers.
         clock: int64 () on theta's device: taken instead of `step`. None: the number.
+        rule: a name of `RULES`.
+        first, second: the rule's state, like `mean`; empty where it has none. An element whose gradient is not finite keeps it.
+        own: the rule's own numbers.
+        chains: K, the number of equal parts of every tensor (contiguous then) that are parameters of chains chain ..
+            chain + K - 1: elements count from `first_elements` in each. noise_table is then (256,) or (32,) for all, or with
+            `scalars` of each chain (K, 256) or (K, 32).
     """
 
     theta: Sequence[Tensor]
@@ -69,29 +77,33 @@ class LangevinStep:
     noise_table: Tensor | None = None
     scalars: Tensor | None = None
     clock: Tensor | None = None
+    rule: str = "sgld"
+    first: Sequence[Tensor] = ()
+    second: Sequence[Tensor] = ()
+    own: Sequence[float] = ()
+    chains: int = 1
 
-    def with_numbers(self) -> "LangevinStep":
-        """The same step with `scalars` and `clock` read, for backends whose tensors the host may read at no cost."""
-        if self.scalars is None and self.clock is None:
-            return self
-        lr, decay, sigma = (self.lr, self.decay, self.sigma) if self.scalars is None else self.scalars.tolist()
-        step = self.step if self.clock is None else int(self.clock)
-        return replace(
-            self,
-            lr=lr,
-            decay=decay if self.decay != 0 else 0.0,
-            sigma=sigma if self.sigma != 0 else 0.0,
-            step=step,
-            scalars=None,
-            clock=None,
-        )
+    def numbers(self) -> list[list[float]]:
+        """(lr, decay, sigma, *own) of each chain, or of all in one row; for backends whose tensors the host reads at no cost."""
+        if self.scalars is None:
+            return [[self.lr, self.decay, self.sigma, *self.own]]
+        rows: list[list[float]] = self.scalars.view(-1, self.scalars.shape[-1]).tolist()
+        return [
+            [lr, decay if self.decay != 0 else 0.0, sigma if self.sigma != 0 else 0.0, *own]
+            for lr, decay, sigma, *own in rows
+        ]
+
+    def step_number(self) -> int:
+        """The step's coordinate of the noise, read from the clock where there is one."""
+        return self.step if self.clock is None else int(self.clock)
 
 
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
     "langevin_step_(Tensor(a!)[] theta, Tensor[] gradient, Tensor[] center, Tensor(b!)[] mean, Tensor(c!)[] m2, "
     "Tensor(d!)? nonfinite, float lr, float decay, float sigma, int seed, int chain, int step, int[] parameters, "
-    "int[] first_elements, int draws, Tensor(e!)[] master, Tensor? noise_table, Tensor? scalars, Tensor? clock) -> ()"
+    "int[] first_elements, int draws, Tensor(e!)[] master, Tensor? noise_table, Tensor? scalars, Tensor? clock, "
+    "str rule, Tensor(f!)[] first, Tensor(g!)[] second, float[] own, int chains) -> ()"
 )
 _LIBRARY.define("find_nonfinite(Tensor[] tensors) -> Tensor")
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -147,6 +159,7 @@ def unchecked_langevin_step_(s: LangevinStep) -> None:
     torch.ops.bkd_fast.langevin_step_(
         s.theta, s.gradient, s.center, s.mean, s.m2, s.nonfinite, s.lr, s.decay, s.sigma, signed(s.seed), s.chain, s.step,
         s.parameters, s.first_elements, s.draws, s.master, s.noise_table, s.scalars, s.clock,
+        s.rule, s.first, s.second, s.own, s.chains,
     )  # fmt: skip
 
 
@@ -174,16 +187,19 @@ def _check(s: LangevinStep) -> None:
         _check_like("m2", s.m2, s.theta, accumulator)
         if s.draws < 1:
             raise ValueError(f"draws = {s.draws}: must be at least 1, the draw being added included")
+    _check_rule(s, accumulator)
     _check_rounding(s, dtype, device)
-    for name, tensor, shape, wanted in (
-        ("nonfinite", s.nonfinite, (len(s.theta),), torch.bool),
-        ("scalars", s.scalars, (3,), accumulator),
-        ("clock", s.clock, (), torch.int64),
+    numbers = 3 + RULES[s.rule].own
+    for name, tensor, shapes, wanted in (
+        ("nonfinite", s.nonfinite, [(len(s.theta),)], torch.bool),
+        ("scalars", s.scalars, [(numbers,), (s.chains, numbers)], accumulator),
+        ("clock", s.clock, [()], torch.int64),
     ):
         if tensor is not None and (tensor.dtype != wanted or tensor.device != device):
             raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: must be {wanted} on {device}")
-        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {shape} and contiguous")
+        if tensor is not None and (tensor.shape not in shapes or not tensor.is_contiguous()):
+            allowed = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {allowed} and contiguous")
     if len(s.parameters) != len(s.theta) or len(s.first_elements) != len(s.theta):
         raise ValueError(
             f"parameters and first_elements have {len(s.parameters)} and {len(s.first_elements)} entries: "
@@ -194,8 +210,30 @@ def _check(s: LangevinStep) -> None:
             raise TypeError(f"theta[{i}] is {tensor.dtype} on {tensor.device}: theta[0] is {dtype} on {device}")
         if not is_dense(tensor):
             raise ValueError(f"theta[{i}] has strides {tensor.stride()} for shape {tuple(tensor.shape)}: must be dense")
-        if first + tensor.numel() > LIMITS["element"]:
-            raise ValueError(f"theta[{i}] ends at element {first + tensor.numel()}: the limit is 2**38")
+        if first + tensor.numel() // s.chains > LIMITS["element"]:
+            raise ValueError(f"theta[{i}] ends at element {first + tensor.numel() // s.chains}: the limit is 2**38")
+        if s.chains > 1 and (tensor.dim() == 0 or tensor.shape[0] != s.chains or not tensor.is_contiguous()):
+            raise ValueError(
+                f"theta[{i}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}: must be contiguous with a leading "
+                f"axis of {s.chains} chains"
+            )
+
+
+def _check_rule(s: LangevinStep, accumulator: torch.dtype) -> None:
+    if s.rule not in RULES:
+        raise ValueError(f"rule = {s.rule!r}: must be one of {sorted(RULES)}")
+    rule = RULES[s.rule]
+    for number, (name, state) in enumerate((("first", s.first), ("second", s.second))):
+        if number < rule.states:
+            _check_like(name, state, s.theta, accumulator)
+        elif state:
+            raise ValueError(
+                f"{name} has {len(state)} tensors: the rule {s.rule!r} keeps {rule.states} arrays of state"
+            )
+    if len(s.own) != rule.own:
+        raise ValueError(f"own has {len(s.own)} numbers: the rule {s.rule!r} has {rule.own}")
+    if s.chains < 1 or s.chain + s.chains > LIMITS["chain"]:
+        raise ValueError(f"chains = {s.chains} from chain {s.chain}: must be at least 1, and the last below 2**20")
 
 
 def _check_rounding(s: LangevinStep, dtype: torch.dtype, device: torch.device) -> None:
@@ -207,13 +245,19 @@ def _check_rounding(s: LangevinStep, dtype: torch.dtype, device: torch.device) -
         if s.noise_table is not None:
             raise ValueError("master and noise_table are both given: a master's rounding is to nearest")
     if s.noise_table is not None:
+        if s.rule != "sgld":
+            raise ValueError(
+                f"noise_table is given for the rule {s.rule!r}: it is for 'sgld' only, others need a master"
+            )
         table = s.noise_table
+        per_chain = s.scalars is not None and s.scalars.dim() == 2
+        shape = (s.chains, TABLE_SIZES[dtype]) if per_chain else (TABLE_SIZES[dtype],)
         if table.dtype != torch.float32 or table.device != device:
             raise TypeError(f"noise_table is {table.dtype} on {table.device}: must be torch.float32 on {device}")
-        if table.shape != (TABLE_SIZES[dtype],) or not table.is_contiguous():
+        if table.shape != shape or not table.is_contiguous():
             raise ValueError(
-                f"noise_table has shape {tuple(table.shape)} and strides {table.stride()}: must be contiguous "
-                f"({TABLE_SIZES[dtype]},), an entry for each exponent field of {dtype}"
+                f"noise_table has shape {tuple(table.shape)} and strides {table.stride()}: must be contiguous {shape}, an "
+                f"entry for each exponent field of {dtype}"
             )
 
 

@@ -38,11 +38,12 @@ def noise_table(sigma: float | Tensor, dtype: torch.dtype, device: torch.device 
     Args:
         sigma: the standard deviation wanted of noise and rounding together, at least 0. With a 0-dim tensor everything stays on
             its device and nothing waits for it; the constants go there at the first call: make one before capturing a graph.
+            With a tensor (chains,) there is a table for each.
         dtype: torch.bfloat16 or torch.float16.
         device: where the table of a number goes; None for the CPU. A tensor's is its own.
 
     Returns:
-        float32 (256,) or (32,), by exponent field: `LangevinStep.noise_table`. Not to be written to: calls share it.
+        float32 (256,) or (32,), with chains (chains, 256) or (chains, 32), by exponent field: `LangevinStep.noise_table`. Not to be written to: calls share it.
 
     Raises:
         TypeError: another dtype. ValueError: a number that is negative or not finite.
@@ -70,7 +71,7 @@ def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _table(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     spacings, solution = _constants(dtype, sigma.device)
-    wanted = (sigma.detach().double() / spacings).square()
+    wanted = (sigma.detach().double().unsqueeze(-1) / spacings).square()
     position = wanted.clamp(max=_END) * (_POINTS / _END)
     below = position.long().clamp_(max=_POINTS - 1)
     between = torch.lerp(solution.take(below), solution.take(below + 1), position - below)

@@ -5,6 +5,7 @@ NHWC for channels_last). A parameter that does not fill its memory densely goes 
 Nothing here is kept between steps: frameworks replace parameters, and gradients move when they are freed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,15 @@ class Launch:
     gradient: list[Tensor] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, the dense copy that stands for it)
 
+    def of(self, indices: Sequence[int]) -> "Launch":
+        """The part of it with the parameters at these positions of the group."""
+        kept = [
+            (i, theta, g) for i, theta, g in zip(self.indices, self.theta, self.gradient, strict=True) if i in indices
+        ]
+        theta = [t for _, t, _ in kept]
+        copies = [(parameter, copy) for parameter, copy in self.copies if any(copy is t for t in theta)]
+        return Launch([i for i, _, _ in kept], theta, [g for _, _, g in kept], copies)
+
     def write_back(self) -> None:
         """Bring the new values of dense copies home, and tell autograd that the parameters changed."""
         for parameter, copy in self.copies:
@@ -30,17 +40,21 @@ class Launch:
         torch.autograd.graph.increment_version(self.theta)
 
 
-def launches(group: dict[str, Any]) -> list[Launch]:
-    """The launches of one group's parameters that have a gradient. Call it without autograd.
+def launches(group: dict[str, Any], positions: Sequence[int] | None = None) -> list[Launch]:
+    """The launches of one group's parameters (of those at `positions`) that have a gradient. Call it without autograd.
 
     Raises:
-        TypeError: a gradient is sparse, or of another dtype than its parameter. ValueError: or on another device.
+        TypeError: a gradient is sparse, or of another dtype than its parameter. ValueError: or on another device, or a
+            parameter has no leading axis of the group's chains any more.
     """
-    everything = [(index, p, p.grad) for index, p in enumerate(group["params"])]
+    params = group["params"]
+    everything = [(index, params[index], params[index].grad) for index in positions or range(len(params))]
     with_gradient = [entry for entry in everything if entry[2] is not None]
     if not with_gradient:
         return []
     indices, theta, gradient = (list(column) for column in zip(*with_gradient, strict=True))
+    if group["chains"] > 1:
+        _check_chains(group, indices)
     if _are_of_one_kind(theta + gradient):
         return [Launch(indices, theta, gradient)]
     by_kind: dict[tuple[torch.dtype, torch.device], Launch] = {}
@@ -48,7 +62,7 @@ def launches(group: dict[str, Any]) -> list[Launch]:
         _check(group, index, parameter, g)
         launch = by_kind.setdefault((parameter.dtype, parameter.device), Launch())
         launch.indices.append(index)
-        if not is_dense(parameter):
+        if not (parameter.is_contiguous() if group["chains"] > 1 else is_dense(parameter)):
             copy = parameter.contiguous()
             launch.copies.append((parameter, copy))
             parameter = copy
@@ -66,6 +80,15 @@ def _are_of_one_kind(tensors: list[Tensor]) -> bool:
         and len({tensor.device for tensor in tensors}) == 1
         and all(map(Tensor.is_contiguous, tensors))
     )
+
+
+def _check_chains(group: dict[str, Any], indices: Sequence[int]) -> None:
+    for index in indices:
+        shape = group["params"][index].shape
+        if not shape or shape[0] != group["chains"]:
+            raise ValueError(
+                f"{name_of(group, index)} has shape {tuple(shape)}: must have a leading axis of {group['chains']} chains"
+            )
 
 
 def _check(group: dict[str, Any], index: int, parameter: Tensor, gradient: Tensor) -> None:

@@ -1,39 +1,39 @@
 """What every sampler shares: a torch optimizer that owns its noise coordinates, its non-finite rule and parameter moments.
 
-A sampler file states one equation and hands one launch at a time to one fused operation; the contract with existing training
-code (closures, hooks, parameter groups, state) is kept here.
+A sampler file states one equation and its numbers; the contract with existing training code (closures, hooks, parameter groups,
+state) is kept here.
 """
 
+import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bkd_fast.errors import NonFiniteError, warn
-from bkd_fast.ops.langevin import DTYPES, find_nonfinite
-from bkd_fast.ops.noise import check_field
+from bkd_fast.ops.langevin import DTYPES, LangevinStep, find_nonfinite, is_dense, unchecked_langevin_step_
+from bkd_fast.ops.noise import Tag, check_field, normal_
 from bkd_fast.ops.rounding import TABLE_SIZES, noise_table, spacing
 from bkd_fast.samplers.layout import Launch, in_order_of, launches, name_of
+from bkd_fast.samplers.settings import (
+    DEFAULTS,
+    Params,
+    Settings,
+    check_settings,
+    is_zero,
+    listed,
+    prior_means,
+    put_lr_on_device,
+)
 
-Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-PriorMean: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor]
-NonFinite: TypeAlias = Literal["raise", "skip", "record", "propagate"]
-Rounding: TypeAlias = Literal["stochastic", "nearest", "master"]
-
-NONFINITE_RULES = ("raise", "skip", "record", "propagate")
-ROUNDINGS = ("stochastic", "nearest", "master")
-# what `check_hyperparameters` looks at, but the step count
-SETTINGS = (
-    "lr", "temperature", "prior_precision", "weight_decay", "num_data", "nonfinite", "capturable", "moments", "rounding",
-    "seed", "chain",
-)  # fmt: skip
 CHECK_EVERY = 1000  # steps between calls of check()
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
 COARSE_SHARE = 0.01  # of the elements, that may be spaced by more than a quarter of it
+NOT_SETTINGS = {"params", "param_names", "parameter_ids", "strides", "step", "prior_mean"}  # keys of a group
 
 _live: "weakref.WeakSet[Sampler]" = weakref.WeakSet()
 
@@ -47,18 +47,84 @@ class ParameterMoments(NamedTuple):
 
 
 class Sampler(torch.optim.Optimizer):
-    """Base of the samplers. A subclass implements `_launch`; everything a user calls is documented there."""
+    """Base of the samplers: their common settings, and everything that a user calls.
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    Args:
+        params: parameters, `model.named_parameters()` (recommended: messages and resuming use the names), or groups.
+        lr: step size on the mean loss, at least 0; a number or a tensor, 0-dim or one for each chain. 0 moves nothing.
+        num_data: size N of the training set; the loss must be the *mean* over the batch.
+        temperature: T; 1 is the posterior, 0 optimises, between them a cold posterior. A number, or a tensor (chains,).
+        prior_precision: tau of the Gaussian prior; without one, directions that the loss does not see diffuse for ever.
+        prior_mean: mu of the prior: tensors in the order of the parameters, or by name; None for 0. Copied. The trained weights
+            localise the chain around them, as for a local learning coefficient.
+        weight_decay: the other spelling of prior_precision / num_data; giving both is an error.
+        maximize: the loss is a mean log posterior, to be maximised.
+        nonfinite: what a NaN or infinite gradient does. "raise": an error before anything moves (default on CPUs).
+            "skip": the whole step is left out, its noise too. "record": such elements keep their value and state, `check()`
+            tells (default on GPUs and with `step_in_backward`). "propagate": no check.
+        rounding: how bfloat16 and float16 parameters keep a chain that moves by less than their spacing (docs/samplers.md §6);
+            parameters of other dtypes ignore it. "master": float32 copies in the sampler's state hold the chain and theta is
+            their nearest. The copies are made of theta at the first step and are the truth from then on: what something else
+            writes to theta (`model.load_state_dict`) is overwritten, so make a new sampler then. "stochastic" (SGLD only, and
+            its default; the others' is "master"): theta is rounded to a neighbour at random, and the noise made smaller, so
+            that both together have the variance wanted; right where the spacing is below a quarter of the posterior's standard
+            deviation (with `track_moments` the sampler warns if it is not; without, nothing tells). "nearest": rounds most of
+            the noise away, and warns. At temperature 0 all but "master" round to nearest.
+        capturable: keep the step, lr and the noise scale on the device, so that a CUDA graph that holds the step draws fresh
+            noise at every replay, the noise of steps k, k + 1, ...: take one step before capturing. lr becomes a tensor
+            there (one of your own on that device stays): schedulers fill it in place, and a graph follows. The other settings
+            are those of the capture. A learning rate of 0 is not known to the host then: it moves no parameter and uses up no
+            noise, but momenta take up the gradient. Not with `track_moments`. On CPUs it works too, for nothing.
+        step_in_backward: take each parameter's step as soon as `backward` has its gradient, and free the gradient; `step()` only
+            ends the step. The same chain, without the memory of the gradients. One backward pass a step: no gradient
+            accumulation, scaling or clipping.
+        chains: K: every parameter has a leading axis of K chains, numbered chain .. chain + K - 1 in the noise: each moves as
+            if it were alone, all in one launch. Call backward on the *sum* over the chains of each one's mean loss
+            (`StackedModule` helps).
+        seed: in [0, 2**64).
+        chain: in [0, 2**20): chains of one seed are independent.
+
+    Raises:
+        TypeError: a parameter's dtype is not float32, float64, bfloat16 or float16; num_data is missing or no number; an
+            argument that the sampler does not have.
+        ValueError: any setting out of its range; the message names it.
+
+    A subclass names its rule (csrc/langevin.h) and the state that the rule keeps, and says which numbers a step has: `_numbers`.
+    """
+
+    rule: ClassVar[str]
+    states: ClassVar[tuple[str, ...]] = ()  # their names in `state`, in the order of the rule
+    roundings: ClassVar[tuple[str, ...]] = ("master", "nearest")  # the default first
+    momentum: ClassVar[str | None] = None  # which of the states `draw_momentum` draws
+    noise_in_gradient: ClassVar[bool] = False  # added to what theta descends, so that maximising turns it round
+
+    def __init_subclass__(cls) -> None:
+        """Show in `help` and `inspect.signature` the common settings that `**settings` stands for."""
+        super().__init_subclass__()
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "settings")]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        common = {"num_data": inspect.Parameter.empty, **DEFAULTS, "rounding": cls.roundings[0]}
+        cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            own + [inspect.Parameter(name, keyword, default=default) for name, default in common.items()]
+        )
+
+    def __init__(self, params: Params, lr: float | Tensor, own: dict[str, Any], settings: Settings) -> None:
+        unknown = {name: value for name, value in settings.items() if name not in (*DEFAULTS, "num_data", "rounding")}
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {listed(sorted(unknown))}")
+        if "num_data" not in settings:
+            raise TypeError(f"{type(self).__name__} needs num_data, the size of the training set")
         self.skipped_steps = 0
         self._checked: dict[int, list[Any]] = {}
         self._steps = 0  # calls of step()
         # flags of what "record" found: (group, device, positions in the group) -> bool (positions,); None for other rules
         self._flags: dict[tuple[int, torch.device, tuple[int, ...]], Tensor | None] = {}
         self._clocks: dict[int, Tensor] = {}  # of capturable groups: the step, int64 () on their device
+        self._begun: dict[int, _Begun] = {}  # of groups that step in backward: what the running step has done
         self._check_order = False
         self._told_coarse = False
         self._next_id = 0
+        defaults = {"lr": lr, **own, **DEFAULTS, "rounding": self.roundings[0], **settings}
         super().__init__(params, {**defaults, "step": 0, "moments": None})
         self._warn_of_shared_noise()
         _live.add(self)
@@ -72,7 +138,7 @@ class Sampler(torch.optim.Optimizer):
             ValueError, TypeError: as the constructor; nothing was added then.
         """
         group = {**self.defaults, **param_group}
-        check_hyperparameters(group, wait=True)
+        self._check_settings(group, wait=True)
         prior_mean = group.pop("prior_mean", None)
         param_group = {key: value for key, value in param_group.items() if key != "prior_mean"}
         super().add_param_group(param_group)
@@ -81,19 +147,25 @@ class Sampler(torch.optim.Optimizer):
             for parameter in added["params"]:
                 if parameter.dtype not in DTYPES:
                     raise TypeError(f"a parameter has dtype {parameter.dtype}: must be one of {DTYPES}")
-            means = _prior_means(prior_mean, added)
+                if added["chains"] > 1 and (not parameter.dim() or parameter.shape[0] != added["chains"]):
+                    raise ValueError(
+                        f"a parameter has shape {tuple(parameter.shape)}: must have a leading axis of {added['chains']} chains"
+                    )
+            means = prior_means(prior_mean, added)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         added.pop("prior_mean", None)
         if added["capturable"] and added["params"]:
-            _put_lr_on_device(added)
+            put_lr_on_device(added)
         added["parameter_ids"] = list(range(self._next_id, self._next_id + len(added["params"])))
         check_field("parameter", self._next_id + max(len(added["params"]) - 1, 0), "the number of parameters")
         self._next_id += len(added["params"])
         for parameter, mean in zip(added["params"], means, strict=bool(means)):
             self.state[parameter]["prior_mean"] = torch.empty_like(parameter).copy_(mean).detach()
-        nearest = added["rounding"] == "nearest" and added["temperature"] > 0
+        if added["step_in_backward"]:
+            self._step_in_backward(added["params"])
+        nearest = added["rounding"] == "nearest" and not is_zero(added["temperature"])
         if nearest and any(parameter.dtype in TABLE_SIZES for parameter in added["params"]):
             warn(
                 'rounding="nearest" rounds away most of the Langevin noise of 16-bit parameters (their spacing near 0.05 is '
@@ -102,11 +174,11 @@ class Sampler(torch.optim.Optimizer):
 
     def _warn_of_shared_noise(self) -> None:
         mine = {id(p) for group in self.param_groups for p in group["params"]}
-        keys = {(group["seed"], group["chain"]) for group in self.param_groups if group["temperature"] > 0}
         for other in _live:
             for group in other.param_groups:
-                same = (group["seed"], group["chain"]) in keys and group["temperature"] > 0
-                if same and not mine & {id(p) for p in group["params"]}:
+                if any(_share_noise(group, g) for g in self.param_groups) and not mine & {
+                    id(p) for p in group["params"]
+                }:
                     warn(
                         f"another live sampler has seed = {group['seed']} and chain = {group['chain']} too: both draw the same "
                         "noise for their parameters. Give each its own chain=."
@@ -146,53 +218,192 @@ class Sampler(torch.optim.Optimizer):
         if not self._gradients_allow_a_step(work):
             self.skipped_steps += 1
             return loss
+        self._prepare(work)
         for index, group, group_launches in work:
-            if not group_launches or (not group["capturable"] and float(group["lr"]) == 0):
-                continue  # no movement, no noise, no step: checkpointing code calls step() so
-            if group["capturable"]:
-                self._start_clock(index, group)
-            collects = self._collects(group)
+            begun = self._begun.pop(index, None)
+            if not group_launches and begun is None:
+                continue
+            collects = self._begin(index, group) if begun is None else begun.collects
             for launch in group_launches:
-                flags = self._flags_of(index, group, launch)
-                mean, m2 = self._moments_of(group, launch) if collects else ([], [])
-                self._launch(
-                    group, launch, self._prior_means_of(group, launch), mean, m2, flags, self._clocks.get(index)
-                )
-                launch.write_back()
+                self._move(index, group, launch, collects)
             if group["capturable"]:
-                self._clocks[index] += group["lr"] != 0  # where lr is 0 nothing moves and no noise is used up
-            else:
+                self._clocks[index] += (group["lr"] != 0).any()  # where lr is 0 nothing moves and no noise is used up
+            elif not is_zero(group["lr"]):
                 group["step"] += 1
         self._steps += 1
         if self._steps % CHECK_EVERY == 0 and not capturing:
             self.check()
         return loss
 
+    def _begin(self, index: int, group: dict[str, Any]) -> bool:
+        """What comes once for a group in a step, before its first launch. Tells whether the step's result is a counted draw."""
+        if group["capturable"]:
+            self._start_clock(index, group)
+            return False
+        return not is_zero(group["lr"]) and self._collects(group)
+
+    def _move(self, index: int, group: dict[str, Any], launch: Launch, collects: bool) -> None:
+        """Move the parameters of one launch. At lr = 0 state is born, and nothing moves: checkpointing code calls step() so."""
+        states = [self._state_of(group, launch, name, self._start_of(name, group)) for name in self.states]
+        if not group["capturable"] and is_zero(group["lr"]):
+            return
+        mean, m2 = self._moments_of(group, launch) if collects else ([], [])
+        flags = self._flags_of(index, group, launch)
+        self._launch(group, launch, states, mean, m2, flags, self._clocks.get(index))
+        launch.write_back()
+
+    def _prepare(self, work: list[tuple[int, dict[str, Any], list[Launch]]]) -> None:
+        """What a sampler needs of all gradients before anything moves."""
+
+    def _numbers(
+        self, group: dict[str, Any], lr: Any, temperature: Any, num_data: Any, step: Any, m: ModuleType
+    ) -> tuple[Any, ...]:
+        """(lr, sigma, *own) of the rule: for numbers and `m` = math, or for float64 tensors and `m` = torch."""
+        raise NotImplementedError
+
+    def _start_of(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """How a state begins: like its parameter, in the type of the arithmetic."""
+        # -0: the first momentum is the gradient, to the sign of a zero
+        return lambda theta: torch.full_like(theta, -0.0, dtype=real_of(theta), requires_grad=False)
+
     def _launch(
         self,
         group: dict[str, Any],
         launch: Launch,
-        center: list[Tensor],
+        states: list[list[Tensor]],
         mean: list[Tensor],
         m2: list[Tensor],
         nonfinite: Tensor | None,
         clock: Tensor | None,
     ) -> None:
         """Take the step of one launch; `clock` holds the step of a capturable group, whose `lr` is a tensor on its device."""
-        raise NotImplementedError
+        cold = is_zero(group["temperature"])
+        decay = group["weight_decay"] or group["prior_precision"] / group["num_data"]
+        # negating lr and decay rounds exactly as negating the gradient; what the noise is added to is then negative too
+        sign = -1.0 if group["maximize"] else 1.0
+        noise_sign = sign if self.noise_in_gradient else 1.0
+        scalars = None
+        if clock is None and not any(
+            isinstance(group[name], Tensor) and group[name].dim() for name in ("lr", "temperature")
+        ):
+            lr, temperature = float(group["lr"]), float(group["temperature"])
+            lr, sigma, *own = self._numbers(group, lr, temperature, float(group["num_data"]), group["step"], math)
+            table = self._noise_table_of(group, launch, sigma, cold)
+        else:
+            scalars, sigma_there = self._scalars(group, launch.theta[0], sign, noise_sign, decay, clock)
+            table = self._noise_table_of(group, launch, sigma_there, cold)
+            lr, sigma, own = math.nan, 0.0 if cold else math.nan, [math.nan] * (scalars.shape[-1] - 3)
+        first, second = (*states, [], [])[:2]
+        unchecked_langevin_step_(
+            LangevinStep(
+                theta=launch.theta,
+                gradient=launch.gradient,
+                center=self._prior_means_of(group, launch),
+                mean=mean,
+                m2=m2,
+                nonfinite=nonfinite,
+                lr=sign * lr,
+                decay=sign * decay,
+                sigma=noise_sign * sigma,
+                seed=group["seed"],
+                chain=group["chain"],
+                step=group["step"],
+                parameters=[group["parameter_ids"][index] for index in launch.indices],
+                first_elements=[0] * len(launch.theta),
+                draws=group["moments"]["draws"] if mean else 0,
+                master=self._masters_of(group, launch),
+                noise_table=table,
+                scalars=scalars,
+                clock=None if clock is None else clock.to(launch.theta[0].device),
+                rule=self._rule_of(group),
+                first=first,
+                second=second,
+                own=own,
+                chains=group["chains"],
+            )
+        )
+
+    def _rule_of(self, group: dict[str, Any]) -> str:
+        return self.rule
+
+    def _scalars(
+        self, group: dict[str, Any], theta: Tensor, sign: float, noise_sign: float, decay: float, clock: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The numbers as a launch takes them from the device, and sigma in float64: the host's formulas, arithmetic and order.
+
+        Where lr is 0 there is no noise: a momentum's would be infinite.
+        """
+        device = theta.device
+        lr, temperature, num_data = (_on(device, group[name]) for name in ("lr", "temperature", "num_data"))
+        step = group["step"] if clock is None else _on(device, clock)
+        rate, sigma, *own = self._numbers(group, lr, temperature, num_data, step, torch)
+        sigma = torch.where(lr == 0, 0.0, sigma)
+        columns = [_on(device, x) for x in (sign * rate, sign * decay, noise_sign * sigma, *own)]
+        rows = torch.broadcast_tensors(*columns)  # type: ignore[no-untyped-call]
+        return torch.stack(rows, dim=-1).to(real_of(theta)), sigma
 
     def _check_changes(self, index: int, group: dict[str, Any]) -> None:
-        """`check_hyperparameters`, once for the same settings: schedules and users may assign any at any time."""
-        settings = [group[name] for name in SETTINGS]
-        if settings != self._checked.get(index) or isinstance(group["lr"], Tensor):  # a tensor's value changes in place
-            check_hyperparameters(group)
+        """`_check_settings`, once for the same settings: schedules and users may assign any at any time."""
+        settings = [group[name] for name in group.keys() - NOT_SETTINGS if not isinstance(group[name], Tensor)]
+        tensors = any(isinstance(value, Tensor) for value in group.values())  # whose values change in place
+        if tensors or settings != self._checked.get(index):
+            self._check_settings(group)
             self._checked[index] = settings
         check_field("step", group["step"])  # the one that changes by itself
+
+    def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
+        """Raise for a setting that is not allowed; a subclass adds its own."""
+        check_settings({"step": 0, "moments": None, **group}, wait)
+        if group["rounding"] not in self.roundings:
+            raise ValueError(
+                f"rounding = {group['rounding']!r}: must be one of {self.roundings} for {type(self).__name__}"
+            )
+
+    # ---- the step inside the backward pass ----
+
+    def _step_in_backward(self, params: Sequence[Tensor]) -> None:
+        sampler = weakref.ref(self)
+
+        def step(parameter: Tensor) -> None:
+            alive = sampler()
+            if alive is not None:
+                alive._step_of(parameter)
+
+        for parameter in params:
+            parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _step_of(self, parameter: Tensor) -> None:
+        """The step of one parameter, whose gradient has just been accumulated."""
+        index, position = self._place_of(parameter)
+        group = self.param_groups[index]
+        begun = self._begun.get(index)
+        if begun is not None and position in begun.positions:
+            raise RuntimeError(
+                f"{name_of(group, position)} has a second gradient before step() was called: step_in_backward = True takes a "
+                "step at every backward pass"
+            )
+        group_launches = launches(group, [position])
+        if begun is None:
+            self._check_changes(index, group)
+            begun = self._begun[index] = _Begun(self._begin(index, group), set())
+        begun.positions.add(position)
+        for launch in group_launches:
+            self._move(index, group, launch, begun.collects)
+        parameter.grad = None
+
+    def _place_of(self, parameter: Tensor) -> tuple[int, int]:
+        """The group of a parameter, and its position there."""
+        for index, group in enumerate(self.param_groups):
+            for position, mine in enumerate(group["params"]):
+                if mine is parameter:
+                    return index, position
+        raise ValueError(f"parameter of shape {tuple(parameter.shape)} is not one of this sampler's")
 
     # ---- CUDA graphs ----
 
     def _start_clock(self, index: int, group: dict[str, Any]) -> None:
-        _put_lr_on_device(group)  # again, where someone assigned a number
+        put_lr_on_device(group)  # again, where someone assigned a number
         if index not in self._clocks:
             self._clocks[index] = torch.full((), group["step"], dtype=torch.int64, device=group["lr"].device)
 
@@ -223,7 +434,8 @@ class Sampler(torch.optim.Optimizer):
 
     def _rule(self, group: dict[str, Any], launch: Launch) -> str:
         rule: str | None = group["nonfinite"]
-        return rule or ("raise" if launch.theta[0].device.type == "cpu" and not group["capturable"] else "record")
+        may_ask = launch.theta[0].device.type == "cpu" and not group["capturable"] and not group["step_in_backward"]
+        return rule or ("raise" if may_ask else "record")
 
     def _gradients_allow_a_step(self, work: list[tuple[int, dict[str, Any], list[Launch]]]) -> bool:
         """The pre-pass of "raise" and "skip", over every group before anything moves."""
@@ -238,7 +450,7 @@ class Sampler(torch.optim.Optimizer):
                     if rule == "raise":
                         names = [name_of(group, launch.indices[i]) for i in found.nonzero().flatten().tolist()]
                         raise NonFiniteError(
-                            f"the gradient of {_listed(names)} has a NaN or an infinity; nothing was changed. "
+                            f"the gradient of {listed(names)} has a NaN or an infinity; nothing was changed. "
                             'nonfinite="skip" leaves such steps out, "record" such elements.'
                         )
                     allowed = False
@@ -269,16 +481,17 @@ class Sampler(torch.optim.Optimizer):
                 flags.zero_()
         if found:
             names = [name_of(self.param_groups[index], position) for index, position in sorted(found)]
-            raise NonFiniteError(f"gradients of {_listed(names)} had NaN or infinite elements; those kept their values")
+            raise NonFiniteError(f"gradients of {listed(names)} had NaN or infinite elements; those kept their values")
         self._warn_of_coarse_parameters()
 
     # ---- 16-bit parameters ----
 
-    def _noise_table_of(self, group: dict[str, Any], launch: Launch, sigma: float | Tensor) -> Tensor | None:
+    def _noise_table_of(
+        self, group: dict[str, Any], launch: Launch, sigma: float | Tensor, cold: bool
+    ) -> Tensor | None:
         """The noise of a launch that is rounded at random; None where nothing is random, and for every other rounding."""
         dtype, device = launch.theta[0].dtype, launch.theta[0].device
-        still = group["temperature"] == 0 if isinstance(sigma, Tensor) else sigma == 0
-        if group["rounding"] != "stochastic" or dtype not in TABLE_SIZES or still:
+        if group["rounding"] != "stochastic" or dtype not in TABLE_SIZES or cold:
             return None
         return noise_table(sigma, dtype, device)
 
@@ -292,7 +505,7 @@ class Sampler(torch.optim.Optimizer):
         """Once: parameters whose spacing is above a quarter of the posterior's standard deviation, where moments tell it."""
         for group in self.param_groups:
             draws = group["moments"]["draws"] if group["moments"] else 0
-            random = group["rounding"] == "stochastic" and group["temperature"] > 0
+            random = group["rounding"] == "stochastic" and not is_zero(group["temperature"])
             if self._told_coarse or not random or draws < COARSE_DRAWS:
                 continue
             coarse: Tensor | int = 0
@@ -312,6 +525,50 @@ class Sampler(torch.optim.Optimizer):
                     'rounding="master", or float32 parameters.'
                 )
 
+    # ---- what a loop around the sampler asks ----
+
+    def effective_lr(self, group: dict[str, Any]) -> float:
+        """The lr of the SGLD that diffuses as fast: what noise_share and stationarity are measured with (docs/samplers.md §4)."""
+        return float(rates_of(group)[0].mean())
+
+    def metric(self, parameter: Tensor) -> Tensor | None:
+        """The preconditioner that multiplies `effective_lr` at each coordinate, like `parameter`; None for 1."""
+        return None
+
+    @torch.no_grad()
+    def draw_momentum(self) -> None:
+        """Draw the momenta anew from their stationary law, where the sampler has momenta: after a jump of lr or temperature.
+
+        The noise is a function of (seed, chain, step, parameter, element) with a tag of its own. Nothing is drawn at lr = 0.
+        """
+        if self.momentum is None:
+            return
+        self._read_clocks()
+        for group in self.param_groups:
+            if is_zero(group["lr"]):
+                continue
+            for position, parameter in enumerate(group["params"]):
+                momentum = self.state[parameter].get(self.momentum)
+                if momentum is not None:
+                    momentum.copy_(self._noise_like(group, position, Tag.INITIAL_MOMENTUM))
+                    momentum.mul_(per_chain(self._momentum_deviation(group, parameter), momentum))
+
+    def _momentum_deviation(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
+        """The standard deviation of a momentum in equilibrium: float64 (), (chains,) or like the parameter."""
+        raise NotImplementedError
+
+    def _noise_like(self, group: dict[str, Any], position: int, tag: Tag) -> Tensor:
+        """Standard normals for every element of a parameter, float32, in the order of its memory."""
+        parameter, chains = group["params"][position], group["chains"]
+        flat = torch.empty(chains, parameter.numel() // chains, dtype=torch.float32, device=parameter.device)
+        for k in range(chains):
+            normal_(
+                flat[k], seed=group["seed"], chain=group["chain"] + k, step=group["step"],
+                parameter=group["parameter_ids"][position], tag=tag,
+            )  # fmt: skip
+        like = parameter if is_dense(parameter) else parameter.contiguous()
+        return flat.view(-1).as_strided(parameter.shape, like.stride())
+
     # ---- posterior moments of the parameters ----
 
     def track_moments(self, start: int = 0, every: int = 1) -> None:
@@ -330,7 +587,7 @@ class Sampler(torch.optim.Optimizer):
         if every < 1:
             raise ValueError(f"every = {every}: must be at least 1")
         for group in self.param_groups:
-            check_hyperparameters({**group, "moments": {}})
+            self._check_settings({**group, "moments": {}})
         for group in self.param_groups:
             group["moments"] = {"start": start, "every": every, "draws": 0}
             for parameter in group["params"]:
@@ -367,7 +624,7 @@ class Sampler(torch.optim.Optimizer):
     def _moments_of(self, group: dict[str, Any], launch: Launch) -> tuple[list[Tensor], list[Tensor]]:
 
         def zeros(theta: Tensor) -> Tensor:
-            return torch.zeros_like(theta, dtype=torch.float64 if theta.dtype == torch.float64 else torch.float32)
+            return torch.zeros_like(theta, dtype=real_of(theta))
 
         return self._state_of(group, launch, "mean", zeros), self._state_of(group, launch, "m2", zeros)
 
@@ -378,11 +635,10 @@ class Sampler(torch.optim.Optimizer):
         tensors = []
         for index, theta in zip(launch.indices, launch.theta, strict=True):
             state = self.state[group["params"][index]]
-            dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
             if key not in state:
                 state[key] = start(theta)
             # the kernel trusts the dtype, and others may have cast it
-            state[key] = in_order_of(state[key].to(dtype), theta)
+            state[key] = in_order_of(state[key].to(real_of(theta)), theta)
             tensors.append(state[key])
         return tensors
 
@@ -431,7 +687,7 @@ class Sampler(torch.optim.Optimizer):
         saved = state_dict["state"]
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, key in zip(group["params"], saved_group["params"], strict=True):
-                for name in ("mean", "m2", "master"):
+                for name in ("mean", "m2", "master", *self.states):
                     if name in saved.get(key, {}):
                         self.state[parameter][name] = saved[key][name].detach().clone().to(parameter.device)
         self._next_id = 1 + max((i for group in self.param_groups for i in group["parameter_ids"]), default=-1)
@@ -451,11 +707,14 @@ class Sampler(torch.optim.Optimizer):
             group.setdefault("moments", None)
             group.setdefault("capturable", False)
             group.setdefault("rounding", "nearest")  # what samplers did before there was a choice
+            group.setdefault("chains", 1)
+            group.setdefault("step_in_backward", False)
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_steps", 0)
         self.__dict__.setdefault("_checked", {})
         self.__dict__.setdefault("_flags", {})
         self.__dict__.setdefault("_clocks", {})
+        self.__dict__.setdefault("_begun", {})
         self.__dict__.setdefault("_check_order", False)
         self.__dict__.setdefault("_told_coarse", False)
         self.__dict__.setdefault("_next_id", sum(len(group["params"]) for group in self.param_groups))
@@ -474,11 +733,11 @@ class Sampler(torch.optim.Optimizer):
                     )
 
 
-def _put_lr_on_device(group: dict[str, Any]) -> None:
-    """Make the learning rate a tensor beside the first parameter, float64 so that it is the number; one that is there stays."""
-    lr, device = group["lr"], group["params"][0].device
-    if not isinstance(lr, Tensor) or lr.device != device:
-        group["lr"] = torch.full((), float(lr), dtype=torch.float64, device=device)
+class _Begun(NamedTuple):
+    """What the running step of a group that steps in backward has done."""
+
+    collects: bool
+    positions: set[int]  # of the parameters that have moved
 
 
 def _is_capturing() -> bool:
@@ -486,72 +745,33 @@ def _is_capturing() -> bool:
     return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
 
 
-def check_hyperparameters(group: dict[str, Any], wait: bool = False) -> None:
-    """Raise ValueError or TypeError for a setting of a parameter group that no sampler allows.
-
-    A learning rate on a GPU is looked at only with `wait`: reading it waits for the GPU.
-    """
-    for name in ("lr", "temperature", "prior_precision", "weight_decay"):
-        if not wait and isinstance(group[name], Tensor) and group[name].device.type != "cpu":
-            continue
-        value = float(group[name])
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} = {value}: must be finite and at least 0")
-    num_data = group["num_data"]
-    if isinstance(num_data, bool) or not isinstance(num_data, Real):
-        raise TypeError(f"num_data = {num_data!r}: must be a number, the size of the training set")
-    if not (math.isfinite(float(num_data)) and float(num_data) > 0):
-        raise ValueError(f"num_data = {num_data}: must be positive, the size of the training set")
-    if group["prior_precision"] > 0 and group["weight_decay"] > 0:
-        raise ValueError(
-            f"prior_precision = {group['prior_precision']} and weight_decay = {group['weight_decay']}: give one of them; "
-            "weight_decay is prior_precision / num_data"
-        )
-    if group["nonfinite"] is not None and group["nonfinite"] not in NONFINITE_RULES:
-        raise ValueError(f"nonfinite = {group['nonfinite']!r}: must be None or one of {NONFINITE_RULES}")
-    if group["capturable"]:
-        if group["nonfinite"] in ("raise", "skip"):
-            raise ValueError(
-                f"nonfinite = {group['nonfinite']!r} with capturable = True: it asks the GPU at every step, which a graph "
-                'cannot; must be None, "record" or "propagate"'
-            )
-        if group["moments"] is not None:
-            raise ValueError(
-                "track_moments with capturable = True: the weight of a draw depends on how many came before, and a replay would "
-                "repeat that of the capture. Keep draws, or a sampler that is not capturable."
-            )
-    if group.get("rounding", "nearest") not in ROUNDINGS:  # a linear head has no choice of it
-        raise ValueError(f"rounding = {group['rounding']!r}: must be one of {ROUNDINGS}")
-    for name in ("seed", "chain", "step"):
-        check_field(name, group[name])
+def _share_noise(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two groups of different samplers have chains in common, and noise."""
+    apart = a["chain"] >= b["chain"] + b["chains"] or b["chain"] >= a["chain"] + a["chains"]
+    return a["seed"] == b["seed"] and not apart and not is_zero(a["temperature"]) and not is_zero(b["temperature"])
 
 
-def _prior_means(prior_mean: PriorMean | None, group: dict[str, Any]) -> list[Tensor]:
-    """The prior means of a group's parameters in their order; empty for a prior around 0."""
-    if prior_mean is None:
-        return []
-    if group["prior_precision"] == 0 and group["weight_decay"] == 0:
-        raise ValueError(
-            "prior_mean is given with prior_precision = 0: it needs a positive prior_precision or weight_decay"
-        )
-    if isinstance(prior_mean, Mapping):
-        names = group.get("param_names")
-        if not names:
-            raise ValueError("prior_mean is a mapping: the sampler needs named parameters, model.named_parameters()")
-        missing = [name for name in names if name not in prior_mean]
-        if missing:
-            raise ValueError(f"prior_mean lacks {_listed(missing)}: must have one tensor for each parameter")
-        means = [prior_mean[name] for name in names]
-    else:
-        means = list(prior_mean)
-        if len(means) != len(group["params"]):
-            raise ValueError(
-                f"prior_mean has {len(means)} tensors: must have {len(group['params'])}, one per parameter"
-            )
-    for i, (mean, parameter) in enumerate(zip(means, group["params"], strict=True)):
-        if mean.shape != parameter.shape:
-            raise ValueError(f"prior_mean[{i}] has shape {tuple(mean.shape)}: must be {tuple(parameter.shape)}")
-    return means
+def real_of(theta: Tensor) -> torch.dtype:
+    """The type of the arithmetic for a parameter."""
+    return torch.float64 if theta.dtype == torch.float64 else torch.float32
+
+
+def _on(device: torch.device, value: float | Tensor) -> Tensor:
+    """A number in float64 on a device, by a fill rather than a copy: a CUDA graph may hold it."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def rates_of(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """lr and temperature of a group in float64: () or, where they are each chain's own, (chains,)."""
+    lr, temperature = (torch.as_tensor(group[name], dtype=torch.float64) for name in ("lr", "temperature"))
+    return lr, temperature
+
+
+def per_chain(value: Tensor, like: Tensor) -> Tensor:
+    """A value of each chain, shaped to multiply a tensor with a leading axis of chains; others as they are."""
+    return value.view(-1, *[1] * (like.dim() - 1)).to(like) if value.dim() == 1 and like.dim() > 1 else value.to(like)
 
 
 def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -566,7 +786,7 @@ def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             if set(names) != set(saved_names):
                 different = sorted(set(names) ^ set(saved_names))
                 raise ValueError(
-                    f"parameter group {number} of the saved state differs in the names {_listed(different)}"
+                    f"parameter group {number} of the saved state differs in the names {listed(different)}"
                 )
             order = [saved_names.index(name) for name in names]
             per_parameter = ("params", "param_names", "parameter_ids", "strides")
@@ -576,7 +796,3 @@ def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             }
         matched.append(saved)
     return {**state_dict, "param_groups": matched}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

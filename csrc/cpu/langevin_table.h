@@ -16,6 +16,9 @@ struct Chunk {
 
 std::vector<Chunk> chunks_of(const std::vector<LangevinTensor>& tensors);
 
+// Each tensor's chains one by one: equal parts, one behind the other, whose elements count from the same first one.
+std::vector<LangevinTensor> split_into_chains(const std::vector<LangevinTensor>& tensors, Storage storage, int64_t chains);
+
 // One step of every tensor, on at most `threads` threads.
 void langevin_step(const std::vector<LangevinTensor>& tensors, const LangevinStep& step, int threads);
 

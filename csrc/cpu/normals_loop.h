@@ -37,7 +37,6 @@ BKD_INLINE Ints cross(Ints a, Ints b) {
   return _mm512_shuffle_epi32(_mm512_mask_mov_epi32(a, 0xAAAA, b), (_MM_PERM_ENUM)0xB1);
 }
 BKD_INLINE Floats at_least_quarter(Floats x) { return _mm512_range_ps(x, set1(kSmallestM), 0x0B); }  // max(|x|, 1/4)
-BKD_INLINE Floats root(Floats x) { return _mm512_sqrt_ps(x); }
 BKD_INLINE Floats mantissa(Ints j) {  // (j & 0x7FFFFF) | 0x3F800000
   return as_floats(_mm512_ternarylogic_epi32(j, set1i(0x007FFFFF), set1i(0x3F800000), 0xEA));
 }
@@ -66,7 +65,6 @@ BKD_INLINE Ints cross(Ints a, Ints b) { return _mm256_shuffle_epi32(_mm256_blend
 BKD_INLINE Floats at_least_quarter(Floats x) {
   return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), set1(kSmallestM));
 }
-BKD_INLINE Floats root(Floats x) { return _mm256_sqrt_ps(x); }
 BKD_INLINE Floats mantissa(Ints j) {
   return as_floats(_mm256_or_si256(_mm256_and_si256(j, set1i(0x007FFFFF)), set1i(0x3F800000)));
 }

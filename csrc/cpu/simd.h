@@ -15,8 +15,11 @@ namespace bkd {
 namespace BKD_ISA {
 
 using bkd::add;  // the plain numbers' operations, beside the vectors' of the same names
+using bkd::div;
 using bkd::fma;
 using bkd::mul;
+using bkd::reciprocal;
+using bkd::root;
 using bkd::sub;
 
 #if defined(BKD_ISA_avx512)
@@ -39,6 +42,8 @@ BKD_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 BKD_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 BKD_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 BKD_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+BKD_INLINE Floats root(Floats a) { return _mm512_sqrt_ps(a); }
+BKD_INLINE Floats reciprocal(Floats a) { return div(set1(1.0f), a); }
 BKD_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 BKD_INLINE Floats fms(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }     // a b - c
 BKD_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }   // c - a b
@@ -118,6 +123,8 @@ BKD_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 BKD_INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 BKD_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 BKD_INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+BKD_INLINE Floats root(Floats a) { return _mm256_sqrt_ps(a); }
+BKD_INLINE Floats reciprocal(Floats a) { return div(set1(1.0f), a); }
 BKD_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 BKD_INLINE Floats fms(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
 BKD_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
@@ -196,6 +203,8 @@ BKD_INLINE Floats add(Floats a, Floats b) { return {a.x + b.x}; }
 BKD_INLINE Floats sub(Floats a, Floats b) { return {a.x - b.x}; }
 BKD_INLINE Floats mul(Floats a, Floats b) { return {a.x * b.x}; }
 BKD_INLINE Floats div(Floats a, Floats b) { return {a.x / b.x}; }
+BKD_INLINE Floats root(Floats a) { return {bkd::root(a.x)}; }
+BKD_INLINE Floats reciprocal(Floats a) { return {1.0f / a.x}; }
 BKD_INLINE Floats fma(Floats a, Floats b, Floats c) { return {bkd::fma(a.x, b.x, c.x)}; }
 BKD_INLINE Floats fms(Floats a, Floats b, Floats c) { return {bkd::fma(a.x, b.x, -c.x)}; }
 BKD_INLINE Floats fnma(Floats a, Floats b, Floats c) { return {bkd::fma(-a.x, b.x, c.x)}; }

@@ -165,7 +165,7 @@ def test_opcheck():
         return [torch.randn(5), torch.randn(3, 2)]
 
     arguments = (tensors(), tensors(), [], tensors(), tensors(), torch.zeros(2, dtype=torch.bool))
-    arguments += (0.1, 0.01, 0.2, 3, 0, 7, [0, 1], [0, 0], 2, [], None, None, None)
+    arguments += (0.1, 0.01, 0.2, 3, 0, 7, [0, 1], [0, 0], 2, [], None, None, None, "sgld", [], [], [], 1)
     torch.library.opcheck(torch.ops.bkd_fast.langevin_step_, arguments)
     torch.library.opcheck(torch.ops.bkd_fast.find_nonfinite, (tensors(),))
 
@@ -176,7 +176,7 @@ def test_a_compiled_function_holds_the_step_without_a_break():
     def step(theta, gradient, number):
         scaled = [2 * g for g in gradient]
         torch.ops.bkd_fast.langevin_step_(
-            theta, scaled, [], [], [], None, 0.1, 0.01, 0.2, 3, 0, number, [0, 1], [0, 0], 0, [], None, None, None
+            theta, scaled, [], [], [], None, 0.1, 0.01, 0.2, 3, 0, number, [0, 1], [0, 0], 0, [], None, None, None, "sgld", [], [], [], 1,
         )
         return find_nonfinite(scaled)
 

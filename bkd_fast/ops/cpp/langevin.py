@@ -23,24 +23,25 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 @implements("langevin_step_", "cpp")
 def langevin_step_(s: LangevinStep) -> None:
-    s = s.with_numbers()
     native.langevin_step(
+        s.rule,
         _addresses(s.theta),
         _addresses(s.gradient),
         _addresses(s.center),
         _addresses(s.mean),
         _addresses(s.m2),
         _addresses(s.master),
+        _addresses(s.first),
+        _addresses(s.second),
         [tensor.numel() for tensor in s.theta],
         s.first_elements,
         s.parameters,
         _NAMES[s.theta[0].dtype],
         seed=s.seed,
-        step=s.step,
+        step=s.step_number(),
         chain=s.chain,
-        lr=s.lr,
-        decay=s.decay,
-        sigma=s.sigma,
+        chains=s.chains,
+        numbers=s.numbers(),
         draws=s.draws,
         noise_table=0 if s.noise_table is None else s.noise_table.data_ptr(),
         nonfinite=0 if s.nonfinite is None else s.nonfinite.data_ptr(),

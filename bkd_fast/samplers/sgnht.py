@@ -1,0 +1,83 @@
+"""SGNHT: SGHMC with thermostats, which take the minibatch noise out of the temperature."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from bkd_fast.samplers.sampler import Sampler, rates_of, real_of
+from bkd_fast.samplers.settings import Params, Settings, check_number, is_zero
+
+
+class SGNHT(Sampler):
+    r"""Stochastic gradient Nose-Hoover thermostats (Ding et al., NIPS 2014), one for every element (Gan et al., ICML 2015).
+
+    `SGHMC` whose momentum mu, of every element, follows the temperature that its momentum buffer shows; with
+    g = grad L + (prior_precision / N) (theta - prior_mean), mu0 = `momentum` and k = `rate`::
+
+        b     <- mu b + g + sqrt(2 (1 - mu0) T / (lr N)) xi
+        theta <- theta - lr b
+        mu    <- mu - k (lr N (1 + mu) b^2 / (2 T) - 1)            (the right-hand side's mu is the old one)
+
+    In equilibrium E[lr N (1 + mu) b^2 / 2] = T exactly, whatever the minibatch noise, if it is normal and constant: where SGHMC
+    would sample at the temperature T (1 + noise_share), mu falls until the friction 1 - mu takes the surplus. On a curvature l
+    of the mean loss the stationary variance is T / (N l) up to terms of k (the thermostats fluctuate, with standard deviation
+    sqrt(k)) and of lr l. At temperature 0 the thermostats rest, and it is SGD with momentum, bit for bit.
+
+    28 bytes per float32 parameter: theta, b and mu read and written, the gradient read. Thermostats need some
+    (1 - mu0) / k steps of burn-in.
+
+    Args:
+        momentum: mu0 in [0, 1): where mu begins, and the noise that is injected.
+        rate: k > 0; None: (1 - mu0)^2 / 16, thermostats that fluctuate by a quarter of the friction.
+        params, lr, settings: as every sampler has them: `Sampler`.
+
+    Raises:
+        ValueError: momentum outside [0, 1), or rate not positive.
+    """
+
+    rule = "sgnht"
+    states = ("momentum_buffer", "thermostat")
+    momentum = "momentum_buffer"
+    noise_in_gradient = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        rate: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        super().__init__(params, lr, {"momentum": momentum, "rate": rate}, settings)
+
+    def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
+        super()._check_settings(group, wait)
+        check_number("momentum", group["momentum"], 0, 1)
+        if group["rate"] is not None and not 0 < group["rate"] < float("inf"):
+            raise ValueError(f"rate = {group['rate']}: must be positive and finite")
+
+    def _numbers(
+        self, group: dict[str, Any], lr: Any, temperature: Any, num_data: Any, step: Any, m: ModuleType
+    ) -> tuple[Any, ...]:
+        friction = 1 - group["momentum"]
+        sigma = m.sqrt(2 * friction * temperature / (lr * num_data))
+        if is_zero(group["temperature"]):
+            return lr, sigma, 0.0, 0.0
+        rate = friction**2 / 16 if group["rate"] is None else group["rate"]
+        return lr, sigma, -rate * lr * num_data / (2 * temperature), rate
+
+    def _start_of(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        if name != "thermostat":
+            return super()._start_of(name, group)
+        return lambda theta: torch.full_like(theta, group["momentum"], dtype=real_of(theta), requires_grad=False)
+
+    def effective_lr(self, group: dict[str, Any]) -> float:
+        return super().effective_lr(group) / (1 - float(group["momentum"]))
+
+    def _momentum_deviation(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
+        lr, temperature = rates_of(group)
+        return torch.sqrt(2 / (1 + group["momentum"]) * temperature / (lr * group["num_data"]))

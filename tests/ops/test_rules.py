@@ -1,0 +1,178 @@
+"""The rules of every sampler, and chains in one launch, against the exact reference, bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+
+from bkd_fast.ops import use_backend
+from bkd_fast.ops.langevin import DTYPES, LangevinStep, langevin_step_
+from bkd_fast.ops.rounding import noise_table
+from bkd_fast.ops.rules import RULES, bytes_per_parameter
+
+# below, at and above the vector kernel's runs and the buffers; a shard's odd start; the block number's low word wrapping
+SHAPES = [(), (3,), (0,), (7, 129), (70_001,), (2, 3, 4, 5)]
+FIRST = [0, 1, 0, 3, 2**34 - 1000, 0]
+OWN = {
+    "sgld": [],
+    "sghmc": [0.9, 0.8],
+    "nesterov": [0.9, 1.0],
+    "rmsprop": [0.95, 0.05, 1e-3],
+    "adam": [0.9, 0.1, 0.99, 0.01, 1e-3, 1.7],
+    "sgnht": [-0.02, 0.01],
+    "baoab": [0.9, 0.04],
+}
+
+
+def real_of(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors_of(shapes, dtype, seed, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    if made[5].dim() == 4:
+        made[5] = made[5].to(memory_format=torch.channels_last)
+    return [tensor.to(device) for tensor in made]
+
+
+def run_rule(rule, dtype, *, decay=0.1, center=True, moments=True, sigma=0.03, check=True, master=False, steps=2, device="cpu",
+             shapes=SHAPES, first_elements=FIRST, **settings):  # fmt: skip
+    """Everything that two steps change."""
+    theta, gradient = tensors_of(shapes, dtype, 1, device), tensors_of(shapes, dtype, 2, device)
+    if check:
+        gradient[3].view(-1)[5] = torch.nan
+        gradient[4].view(-1)[-1] = -torch.inf
+    real = real_of(dtype)
+    states = [[t.abs_() for t in tensors_of(shapes, real, 3 + k, device)] for k in range(RULES[rule].states)]
+    mean, m2 = (tensors_of(shapes, real, 6, device), tensors_of(shapes, real, 7, device)) if moments else ([], [])
+    masters = tensors_of(shapes, torch.float32, 8, device) if master else []
+    flags = torch.zeros(len(theta), dtype=torch.bool, device=device) if check else None
+    for step in range(steps):
+        langevin_step_(
+            LangevinStep(
+                theta, gradient, tensors_of(shapes, dtype, 9, device) if center else [], mean, m2, flags,
+                **{"lr": 0.0137, "decay": decay, "sigma": sigma, "seed": 2**63 + 5, "chain": 2, "step": 2**32 - 1 + step,
+                   "parameters": range(3, 3 + len(theta)), "first_elements": first_elements, "draws": 3 + step,
+                   "master": masters, "rule": rule, "first": (*states, [], [])[0], "second": (*states, [], [])[1],
+                   "own": OWN[rule], **settings},
+            )
+        )  # fmt: skip
+    changed = [*theta, *itertools.chain(*states), *mean, *m2, *masters]
+    return [t.cpu() for t in changed + ([flags] if check else [])]
+
+
+def assert_same_bits(got, expected):
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])), (
+            number
+        )
+
+
+def compare(rule, dtype, **options):
+    got = run_rule(rule, dtype, **options)
+    with use_backend("reference"):
+        assert_same_bits(got, run_rule(rule, dtype, **options))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rule_equals_the_reference(rule, dtype, isa, two_threads):
+    compare(rule, dtype)
+    compare(rule, dtype, decay=0.0, center=False, moments=False, check=False)
+    compare(rule, dtype, decay=0.1, center=False, moments=False, sigma=0.0)
+    if dtype.itemsize == 2:
+        compare(rule, dtype, master=True)
+
+
+CHAINS = [(3, 5), (3,), (3, 0), (3, 40, 7), (3, 40_001), (3, 1000)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_chains_in_one_launch_are_the_chains_alone(rule, dtype, isa, two_threads):
+    """Bit for bit, each with numbers of its own."""
+    shapes, first = CHAINS, [0, 1, 0, 3, 2**34 - 1000, 2]
+    real = real_of(dtype)
+    numbers = [
+        [0.01 * (k + 1), 0.1, 0.0 if k == 1 and rule != "sgld" else 0.02 * (k + 1), *OWN[rule]] for k in range(3)
+    ]
+    scalars = torch.tensor(numbers, dtype=real)
+    options = {"center": False, "shapes": shapes, "master": dtype == torch.bfloat16}
+    together = run_rule(rule, dtype, first_elements=first, chains=3, scalars=scalars, **options)
+    alone = []
+    for k in range(3):
+        theta, whole = [t[k].clone() for t in tensors_of(shapes, dtype, 1)], tensors_of(shapes, dtype, 2)
+        whole[3].view(-1)[5], whole[4].view(-1)[-1] = torch.nan, -torch.inf
+        gradient = [t[k].clone() for t in whole]
+        states = [[t[k].abs().clone() for t in tensors_of(shapes, real, 3 + n)] for n in range(RULES[rule].states)]
+        mean, m2 = ([t[k].clone() for t in tensors_of(shapes, real, seed)] for seed in (6, 7))
+        masters = [t[k].clone() for t in tensors_of(shapes, torch.float32, 8)] if options["master"] else []
+        flags = torch.zeros(len(theta), dtype=torch.bool)
+        lr, decay, sigma, *own = scalars[k].tolist()
+        for step in range(2):
+            langevin_step_(
+                LangevinStep(
+                    theta, gradient, [], mean, m2, flags, lr, decay, sigma, 2**63 + 5, 2 + k, 2**32 - 1 + step,
+                    range(3, 3 + len(theta)), first, 3 + step, masters, rule=rule, first=(*states, [], [])[0],
+                    second=(*states, [], [])[1], own=own,
+                )
+            )  # fmt: skip
+        alone.append([*theta, *itertools.chain(*states), *mean, *m2, *masters])
+    assert_same_bits(together[:-1], [torch.stack(parts) for parts in zip(*alone, strict=True)])
+    assert together[-1].tolist() == [False, False, False, True, True, False]
+
+
+def test_chains_round_stochastically_with_a_table_each(isa):
+    theta = torch.ones(2, 1000, dtype=torch.bfloat16)
+    sigmas = torch.tensor([1e-4, 3e-2], dtype=torch.float64)
+    table = torch.stack([noise_table(float(sigma), torch.bfloat16) for sigma in sigmas])
+    scalars = torch.stack([torch.full((2,), 0.1), torch.zeros(2), sigmas.float()], dim=1)
+    settings = {"parameters": [0], "first_elements": [0], "draws": 0, "seed": 1, "step": 0}
+    nothing = {"center": (), "mean": (), "m2": (), "nonfinite": None}
+
+    def step(tensor, chain, **numbers):
+        langevin_step_(
+            LangevinStep([tensor], [torch.zeros_like(tensor)], chain=chain, **settings, **nothing, **numbers)
+        )
+
+    expected = theta.clone()
+    for k in range(2):
+        lr, decay, sigma = scalars[k].tolist()
+        step(expected[k], k, lr=lr, decay=decay, sigma=sigma, noise_table=table[k])
+    step(theta, 0, lr=0.1, decay=0.0, sigma=1.0, chains=2, scalars=scalars, noise_table=table)
+    assert torch.equal(theta, expected) and not torch.equal(theta[0], theta[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bytes_per_parameter_are_what_the_kernel_is_given(rule):
+    """theta and states twice, the gradient once: counted from the tensors of a step."""
+    for dtype, size in ((torch.float32, 4), (torch.float64, 8), (torch.bfloat16, 2)):
+        state = real_of(dtype).itemsize
+        assert bytes_per_parameter(rule, size) == 3 * dtype.itemsize + 2 * state * RULES[rule].states
+
+
+STEP = {
+    "lr": 0.1, "decay": 0.0, "sigma": 0.1, "seed": 0, "chain": 0, "step": 0, "parameters": [0], "first_elements": [0],
+    "center": (), "mean": (), "m2": (), "nonfinite": None, "draws": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rule": "adagrad"}, ValueError, "rule = 'adagrad': must be one of"),
+        ({"rule": "sghmc", "own": [0.9, 1.0]}, ValueError, "first has 0 tensors"),
+        ({"rule": "sghmc", "first": [torch.zeros(4)], "own": [0.9]}, ValueError, "own has 1 numbers"),
+        ({"rule": "sgld", "first": [torch.zeros(4)]}, ValueError, "first has 1 tensors"),
+        ({"rule": "sghmc", "first": [torch.zeros(4).double()], "own": [0.9, 1.0]}, TypeError, r"first\[0\] has dtype"),
+        ({"chains": 3}, ValueError, r"theta\[0\] has shape \(4,\).*leading\s+axis of 3 chains"),
+        ({"chains": 4, "chain": 2**20 - 2}, ValueError, "chains = 4 from chain 1048574"),
+        ({"chains": 4, "scalars": torch.zeros(3, 3)}, ValueError, r"scalars has shape \(3, 3\)"),
+    ],
+)
+def test_bad_arguments_change_nothing(change, error, message):
+    theta = [torch.ones(4)]
+    with pytest.raises(error, match=message):
+        langevin_step_(LangevinStep(theta, [torch.ones(4)], **{**STEP, **change}))
+    assert torch.equal(theta[0], torch.ones(4))

@@ -1,0 +1,120 @@
+"""Chains of every sampler survive being saved: bit for bit, in every dtype, and states that lack what came later load."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_laws import SAMPLERS
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def _make(name, dtype, values=None, **change):
+    sampler_class, settings = SAMPLERS[name]
+    start = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) / 4 for i in range(3)]
+    params = [v.detach().to(dtype).clone().requires_grad_() for v in values or start]
+    means = [torch.full((7, 5), 0.5)] * 3
+    settings = {"num_data": 50, "prior_precision": 2.0, "prior_mean": means, "seed": 2**64 - 3, **settings, **change}
+    return params, sampler_class([(f"p{i}", p) for i, p in enumerate(params)], 0.01, **settings)
+
+
+def _train(sampler, params, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        sampler.step()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_resumed_chain_equals_the_uninterrupted_one(name, dtype, tmp_path):
+    whole, sampler = _make(name, dtype)
+    sampler.track_moments(start=2)
+    _train(sampler, whole, range(8))
+    part, first = _make(name, dtype)
+    first.track_moments(start=2)
+    _train(first, part, range(4))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed, second = _make(name, dtype, part)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    _train(second, resumed, range(4, 8))
+    for a, b in zip(whole, resumed, strict=True):
+        assert torch.equal(a, b)
+        for key, value in sampler.state[a].items():
+            other = second.state[b][key]
+            assert torch.equal(value, other) and value.dtype == other.dtype, key
+        assert torch.equal(sampler.moments(a).variance, second.moments(b).variance)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_copies_and_pickles_continue_the_chain(name):
+    params, sampler = _make(name, torch.float32)
+    _train(sampler, params, range(3))
+    copies = [copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))]
+    _train(sampler, params, range(3, 5))
+    for other in copies:
+        mine = other.param_groups[0]["params"]
+        _train(other, mine, range(3, 5))
+        assert all(torch.equal(a, b) for a, b in zip(params, mine, strict=True))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_state_of_before_chains_loads(name):
+    """Groups without the settings that came later get what samplers did before there was a choice."""
+    params, sampler = _make(name, torch.float32)
+    _train(sampler, params, range(3))
+    state = copy.deepcopy(sampler.state_dict())
+    for group in state["param_groups"]:
+        del group["chains"], group["step_in_backward"], group["rounding"]
+    resumed, other = _make(name, torch.float32, params)
+    other.load_state_dict(state)
+    _train(sampler, params, range(3, 6))
+    _train(other, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_lr_zero_gives_birth_to_the_state_and_moves_nothing(name):
+    """What distributed checkpointing does before it loads: step() with lr = 0 and zero gradients."""
+    params, sampler = _make(name, torch.bfloat16)
+    before = [p.detach().clone() for p in params]
+    sampler.param_groups[0]["lr"] = 0.0
+    for parameter in params:
+        parameter.grad = torch.zeros_like(parameter)
+    sampler.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert sampler.param_groups[0]["step"] == 0
+    assert all(set(sampler.states) <= set(sampler.state[p]) for p in params)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_capturable_steps_equal_plain_ones(name):
+    runs = []
+    for capturable in (False, True):
+        params, sampler = _make(name, torch.float32, capturable=capturable)
+        _train(sampler, params, range(5))
+        if capturable:
+            assert sampler.state_dict()["param_groups"][0]["step"] == 5
+        runs.append(params)
+    for a, b in zip(*runs, strict=True):
+        if name == "AdamSGHMC":  # beta^t by two libraries
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_hold_the_chain_of_float32(name, dtype):
+    """Bit for bit that of float32 parameters with the gradients widened."""
+    narrow, sampler = _make(name, dtype, rounding="master", prior_precision=0.0, prior_mean=None)
+    wide, other = _make(name, torch.float32, narrow, prior_precision=0.0, prior_mean=None)
+    for step in range(5):
+        _train(sampler, narrow, [step])
+        for a, b in zip(narrow, wide, strict=True):
+            b.grad = a.grad.float()
+        other.step()
+    for a, b in zip(narrow, wide, strict=True):
+        assert torch.equal(sampler.state[a]["master"], b) and torch.equal(a, b.to(dtype))

@@ -1,0 +1,98 @@
+"""PSGLD and what preconditioned samplers share: RMSprop at temperature 0, the term Gamma, a metric that can be frozen."""
+
+import copy
+
+import pytest
+import stats
+import torch
+
+import bkd_fast as bkd
+
+
+def _parameter(values, dtype=torch.float32):
+    return torch.as_tensor(values, dtype=dtype).clone().requires_grad_()
+
+
+def _variance(gamma, steps=500):
+    """Of 20,000 coordinates with U = N theta^2 / 2 and a metric 1 / (0.5 + |g|) of the gradient of the same step."""
+    theta = _parameter(0.3 * torch.randn(20_000, generator=torch.Generator().manual_seed(1)))
+    sampler = bkd.PSGLD([theta], 0.01, num_data=10, alpha=0.0, eps=0.5, gamma=gamma, seed=3)
+    squares = []
+    for step in range(steps):
+        theta.grad = None
+        (theta.square().sum() / 2).backward(create_graph=gamma)
+        sampler.step()
+        if step >= 300 and step % 50 == 49:
+            squares.append(theta.detach().double().square())
+    squares = torch.stack(squares).mean(0)
+    return float(squares.mean()), float(squares.std()) / len(squares) ** 0.5
+
+
+def test_gamma_makes_a_metric_that_follows_the_gradient_right():
+    """Var = 1 / N with it, within the finite step; without it the law is another one."""
+    with_gamma, error = _variance(True)
+    assert abs(with_gamma - 0.1) < stats.SIGMAS * error + 0.1 * 0.01  # lr G l / 2 <= 1 % at G <= 2
+    without, error = _variance(False)
+    assert without > 0.1 + 10 * error and without > 1.1 * with_gamma
+
+
+def test_gamma_asks_for_the_graph_before_anything_moves():
+    theta = _parameter(torch.ones(3))
+    sampler = bkd.PSGLD([("theta", theta)], 0.1, num_data=10, gamma=True)
+    theta.square().sum().backward()
+    with pytest.raises(ValueError, match="gradient of parameter 'theta' has no graph"):
+        sampler.step()
+    assert torch.equal(theta.detach(), torch.ones(3))
+    sampler.zero_grad()
+    (theta.square().sum() / 2).backward(create_graph=True)
+    sampler.step()
+    assert not torch.equal(theta.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("sampler_class", [bkd.PSGLD, bkd.AdamSGHMC])
+def test_a_frozen_metric_stays_through_steps_and_saving(sampler_class):
+    theta = _parameter(torch.linspace(0.1, 2, 50))
+    sampler = sampler_class([theta], 0.01, num_data=100, seed=2)
+
+    def train(sampler, theta, steps):
+        for _ in range(steps):
+            theta.grad = 3 * theta.detach()
+            sampler.step()
+
+    assert sampler.metric(theta) is None
+    with pytest.raises(ValueError, match="before the first step"):
+        sampler.freeze_metric()
+    train(sampler, theta, 5)
+    moving = sampler.metric(theta)
+    train(sampler, theta, 1)
+    assert not torch.equal(moving, sampler.metric(theta))
+    sampler.freeze_metric()
+    frozen = sampler.metric(theta)
+    train(sampler, theta, 5)
+    assert torch.equal(frozen, sampler.metric(theta))
+    resumed = _parameter(theta.detach())
+    other = sampler_class([resumed], 0.01, num_data=100, seed=2)
+    other.load_state_dict(copy.deepcopy(sampler.state_dict()))
+    train(sampler, theta, 3)
+    train(other, resumed, 3)
+    assert torch.equal(theta, resumed) and torch.equal(frozen, other.metric(resumed))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 1.0}, r"alpha = 1\.0: must be in \[0, 1\)"),
+        ({"eps": 0.0}, r"eps = 0\.0: must be positive"),
+        ({"gamma": True, "capturable": True}, "gamma = True with capturable = True"),
+        ({"gamma": True, "step_in_backward": True}, "gamma = True with step_in_backward = True"),
+        ({"rounding": "stochastic"}, r"rounding = 'stochastic': must be one of \('master', 'nearest'\)"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        bkd.PSGLD([_parameter(torch.zeros(2))], 0.1, num_data=10, **change)
+
+
+def test_gamma_of_sixteen_bits_is_refused():
+    with pytest.raises(ValueError, match="gamma = True for a parameter of torch.bfloat16"):
+        bkd.PSGLD([_parameter(torch.zeros(2), torch.bfloat16)], 0.1, num_data=10, gamma=True)
