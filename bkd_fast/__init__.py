@@ -10,8 +10,9 @@ from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteEr
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Draws, PosteriorPredictive
-from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC
+from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule
 from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
+from bkd_fast.step_size import StepSize, suggest_lr
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "BKDFastWarning",
     "BackendUnavailableError",
     "Callback",
+    "CyclicalSchedule",
     "Draw",
     "Draws",
     "Health",
@@ -33,9 +35,11 @@ __all__ = [
     "NonFiniteError",
     "PosteriorPredictive",
     "StepRecord",
+    "StepSize",
     "backends",
     "noise",
     "ops",
     "sample",
+    "suggest_lr",
     "use_backend",
 ]

@@ -8,18 +8,22 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bkd_fast.errors import warn
-from bkd_fast.samplers.sampler import Sampler
+from bkd_fast.samplers.sampler import Sampler, rates_of
+from bkd_fast.samplers.settings import is_zero
+from bkd_fast.samplers.sgnht import SGNHT
 
+Batch: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # x, target, teacher logits
 BatchNorm: TypeAlias = Literal["freeze", "recalibrate", "train"]
-Phase: TypeAlias = Literal["warm_start", "burn_in", "sampling"]
+Phase: TypeAlias = Literal["warm_start", "burn_in", "exploration", "sampling"]
 
 HEALTH_BATCHES = 16  # minibatches whose gradients' variance is measured, at one point, when sampling begins
 HEALTH_COORDINATES = 4096  # coordinates per group on which it is measured
@@ -55,7 +59,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a callback learns of a step: its number, the phase, and the mean energy per example (0-dim tensor, on its device)."""
+    """What a callback learns of a step: its number, the phase, and the mean energy per example (0-dim tensor, on its device).
+
+    The phase "exploration" is that of a schedule's steps between its sampling phases.
+    """
 
     step: int
     phase: Phase
@@ -66,11 +73,15 @@ class StepRecord:
 class Health:
     """Whether the chain samples what it says, one figure per parameter group.
 
+    lr' is the sampler's `effective_lr` (lr for SGLD, lr (1 - dampening) / (1 - momentum) for SGHMC), G its `metric` (1 for most).
+
     Attributes:
-        noise_share: lr N v / (2 T) with v the variance of the minibatch gradient per coordinate: the chain samples at
-            temperature T (1 + noise_share). NaN where it was not measured.
-        stationarity: (|theta_n|^2 - |theta_0|^2) / (2 n D T lr / N) over the n sampling steps, D coordinates: 0 when the
-            chain is stationary, 1 in free diffusion (expected along directions that the energy does not see).
+        noise_share: lr' N v / (2 T) with v the mean over coordinates of G times the variance of the minibatch gradient, when
+            sampling begins: the chain samples at temperature T (1 + noise_share), but for SGNHT's, whose thermostats take that
+            out. NaN where it was not measured: at temperature or lr 0, without gradients, and with `step_in_backward`.
+        stationarity: (|theta_n|^2 - |theta_0|^2) / (2 T lr' tr(G) / N), both summed over the n sampling steps, G as it is at the
+            end: 0 when the chain is stationary, 1 in free diffusion (expected along directions that the energy does not see).
+            With a schedule of phases each stretch of sampling has its theta_0.
     """
 
     noise_share: list[float]
@@ -102,14 +113,15 @@ def sample(
     thin: int = 1,
     num_draws: int,
     batch_norm: BatchNorm = "freeze",
+    schedule: LRScheduler | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> Iterator[Draw]:
     """Run the chain and yield its draws.
 
     `warm_start` steps at temperature 0, `burn_in` steps at the sampler's temperature, then `num_draws` draws, one every `thin`
-    steps. The loader is run through again and again; shuffle it. What was changed on the way (modes, temperatures) is put back
-    at the end, also when the caller stops early.
+    steps. The loader is run through again and again; shuffle it. What was changed on the way (modes, the warm start's
+    temperature) is put back at the end, also when the caller stops early.
 
     Args:
         student: the network whose parameters `sampler` holds (all of them, or a head).
@@ -121,6 +133,10 @@ def sample(
         batch_norm: after the warm start, "freeze" keeps the running statistics fixed, so that the posterior is one of a fixed
             function; "train" uses each batch's own; "recalibrate" does too, and estimates the running statistics afresh for
             every draw from 32 training batches.
+        schedule: a learning rate schedule of the sampler, stepped after every step of burn-in and sampling. The warm start does
+            not step it: it runs at temperature 0 and the lr of the schedule's first step. If it has phases (`CyclicalSchedule`),
+            draws are taken, and `thin` counts, in its sampling phases alone. Where it stands at the end it stays, the sampler's
+            lr and temperature too, so that another call goes on.
         progress: show a progress bar, on a terminal.
         callbacks: follow the loop.
 
@@ -128,27 +144,31 @@ def sample(
         Draw: its `model` is live, in training mode; `snapshot()` copies it.
 
     Raises:
+        TypeError: counts that are no int, a schedule that is none or wants a metric.
         ValueError: counts out of range, a loss that is no mean, a sampler without parameters of the student, an empty loader,
-            a batch of another form.
+            a batch of another form, a schedule of another optimizer.
         NonFiniteError: as the sampler's rule has it, and what `loss_fn` raises; on a GPU `loss_fn.check()`, if there is one, is
             called every 1000 steps and at the end.
     """
     _check_counts(warm_start=warm_start, burn_in=burn_in, thin=thin, num_draws=num_draws)
     if batch_norm not in get_args(BatchNorm):
         raise ValueError(f"batch_norm = {batch_norm!r}: must be one of {get_args(BatchNorm)}")
-    reduction = getattr(loss_fn, "reduction", "mean")
-    if reduction != "mean":
-        raise ValueError(
-            f"loss_fn.reduction = {reduction!r}: must be 'mean'; num_data scales the mean loss to the data set"
-        )
-    names = _names_that_differ(student, sampler, batch_norm)
+    _check_schedule(schedule, sampler)
+    energy = BatchEnergy(student, sampler, loss_fn, train_loader, teacher, batch_norm)
     _warn_of_other_targets(student, sampler, train_loader, batch_norm)
-    loop = _Loop(student, sampler, loss_fn, train_loader, teacher, batch_norm, names, callbacks)
+    loop = _Loop(energy, schedule, callbacks)
     return loop.draws(warm_start, burn_in, thin, num_draws, progress)
 
 
-class _Loop:
-    """One run of `sample`: the chain's surroundings and its steps."""
+class BatchEnergy:
+    """The energies of training batches and their gradients, as a chain meets them.
+
+    Args:
+        student, sampler, loss_fn, loader, teacher, batch_norm: as in `sample`.
+
+    Raises:
+        ValueError: a loss that is no mean, a sampler that holds parameters of others.
+    """
 
     def __init__(
         self,
@@ -156,62 +176,83 @@ class _Loop:
         sampler: Sampler,
         loss_fn: Callable[..., Tensor],
         loader: Iterable[Any],
-        teacher: nn.Module | None,
-        batch_norm: BatchNorm,
-        names: tuple[str, ...],
-        callbacks: Sequence[Callback],
+        teacher: nn.Module | None = None,
+        batch_norm: BatchNorm = "freeze",
     ) -> None:
-        self.student, self.sampler, self.loss_fn, self.loader = student, sampler, loss_fn, loader
-        self.teacher, self.batch_norm, self.names, self.callbacks = teacher, batch_norm, names, callbacks
+        reduction = getattr(loss_fn, "reduction", "mean")
+        if reduction != "mean":
+            raise ValueError(
+                f"loss_fn.reduction = {reduction!r}: must be 'mean'; num_data scales the mean loss to the data set"
+            )
+        _check_owned(student, sampler)
+        self.student, self.sampler, self.loss_fn, self.teacher = student, sampler, loss_fn, teacher
+        self.batch_norm = batch_norm
         self.device = sampler.param_groups[0]["params"][0].device
         self.batches = _endless(loader)
-        self.steps = 0
 
-    def draws(self, warm_start: int, burn_in: int, thin: int, num_draws: int, progress: bool) -> Iterator[Draw]:
-        with ExitStack() as stack:
-            stack.callback(_restore_modes, _modes(self.student))
+    @contextmanager
+    def modes_put_back(self) -> Iterator[None]:
+        """The teacher in eval mode; at the end the modes of both networks are as before."""
+        models = [self.student] if self.teacher is None else [self.student, self.teacher]
+        modes = [(module, module.training) for model in models for module in model.modules()]
+        try:
             if self.teacher is not None:
-                stack.callback(_restore_modes, _modes(self.teacher))
                 self.teacher.eval()
-            total = warm_start + burn_in + thin * num_draws
-            bar = stack.enter_context(_Progress(total, enabled=progress))
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
-            self.student.train()
-            with _Temperature(self.sampler, 0.0):
-                for _ in range(warm_start):
-                    self.step("warm_start", bar)
-            self.enter_sampling_mode()
-            for _ in range(burn_in):
-                self.step("burn_in", bar)
-            noise_share = self.noise_share()
-            start = self.squared_norms()
-            run, chain = secrets.randbits(63), self.sampler.param_groups[0]["chain"]
-            for index in range(num_draws):
-                for _ in range(thin):
-                    self.step("sampling", bar)
-                if self.batch_norm == "recalibrate":
-                    self.recalibrate()
-                draw = Draw(self.steps, chain, index, run, self.student, self.names)
-                for callback in self.callbacks:
-                    callback.on_draw(draw)
-                yield draw
-                self.enter_sampling_mode()  # the caller may have evaluated the live model
-            self.sampler.check()
-            self.check_loss()
-            health = Health(noise_share, self.stationarity(start, thin * num_draws))
-            for callback in self.callbacks:
-                callback.on_end(health)
+    def enter_sampling_mode(self) -> None:
+        self.student.train()
+        if self.batch_norm == "freeze":
+            for module in _batch_norms(self.student):
+                module.eval()
 
-    def step(self, phase: Phase, bar: "_Progress") -> None:
-        energy = self.backward(next(self.batches))
-        self.sampler.step()
-        self.steps += 1
-        if self.steps % CHECKED_STEPS == 0:
-            self.check_loss()
-        bar.advance(phase, energy)
-        record = StepRecord(self.steps, phase, energy)
-        for callback in self.callbacks:
-            callback.on_step(record)
+    def unpack(self, batch: Any) -> Batch:
+        """A batch of the loader, on the device."""
+        if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
+            form = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+            raise ValueError(f"train_loader yields a {form}: must yield (x, target) or (x, target, teacher_logits)")
+        moved: list[Any] = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
+        return moved[0], moved[1], moved[2] if len(moved) == 3 else None
+
+    def complete(self, batch: Any) -> Batch:
+        """A batch on the device, with the teacher's logits where it has none."""
+        x, target, teacher_logits = self.unpack(batch)
+        if teacher_logits is None and self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(x)
+        return x, target, teacher_logits
+
+    def backward(self, batch: Any) -> Tensor:
+        """Gradients of the mean energy of one batch; returns the energy."""
+        x, target, teacher_logits = self.complete(batch)
+        self.student.zero_grad(set_to_none=True)
+        energy = self.loss_fn(self.student(x), target, teacher_logits)
+        energy.backward()  # type: ignore[no-untyped-call]
+        return energy.detach()
+
+    def gradient_variance(self, batches: int) -> list[float]:
+        """Variance of the gradient between so many batches at the present parameters: for each group the mean over (a few
+        thousand) coordinates, each times the sampler's metric; NaN for a group without gradients. Leaves no gradients."""
+        groups = self.sampler.param_groups
+        drawn: list[list[Tensor]] = [[] for _ in groups]
+        for _ in range(batches):
+            self.backward(next(self.batches))
+            moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
+            for found, parameters in zip(drawn, moving, strict=True):
+                if parameters:
+                    found.append(_coordinates([p.grad for p in parameters]))
+        variances = []
+        for found, parameters in zip(drawn, moving, strict=True):
+            if found:
+                metric = _coordinates([metric_of(self.sampler, p) for p in parameters])
+                variances.append(float((metric * torch.stack(found).var(dim=0)).mean()))
+            else:
+                variances.append(math.nan)
+        self.student.zero_grad(set_to_none=True)
+        return variances
 
     def check_loss(self) -> None:
         """The errors that a loss records on a GPU, where raising at once would wait for the device."""
@@ -219,29 +260,78 @@ class _Loop:
         if check is not None:
             check()
 
-    def backward(self, batch: Any) -> Tensor:
-        """Gradients of the mean energy of one batch; returns the energy."""
-        x, target, teacher_logits = self.unpack(batch)
-        self.student.zero_grad(set_to_none=True)
-        if teacher_logits is None and self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(x)
-        energy = self.loss_fn(self.student(x), target, teacher_logits)
-        energy.backward()  # type: ignore[no-untyped-call]
-        return energy.detach()
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
-            form = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            raise ValueError(f"train_loader yields a {form}: must yield (x, target) or (x, target, teacher_logits)")
-        moved: list[Any] = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
-        return moved[0], moved[1], moved[2] if len(moved) == 3 else None
+class _Loop:
+    """One run of `sample`: the chain's steps."""
 
-    def enter_sampling_mode(self) -> None:
-        self.student.train()
-        if self.batch_norm == "freeze":
-            for module in _batch_norms(self.student):
-                module.eval()
+    def __init__(self, energy: BatchEnergy, schedule: LRScheduler | None, callbacks: Sequence[Callback]) -> None:
+        self.energy, self.schedule, self.callbacks = energy, schedule, callbacks
+        self.student, self.sampler = energy.student, energy.sampler
+        self.movement = _Movement(energy.sampler)
+        self.steps = 0
+
+    def draws(self, warm_start: int, burn_in: int, thin: int, num_draws: int, progress: bool) -> Iterator[Draw]:
+        with ExitStack() as stack:
+            stack.enter_context(self.energy.modes_put_back())
+            bar = stack.enter_context(_Progress(warm_start + burn_in + thin * num_draws, enabled=progress))
+
+            self.student.train()
+            with _Temperature(self.sampler, 0.0):
+                for _ in range(warm_start):
+                    self.step("warm_start", bar)
+            self.energy.enter_sampling_mode()
+            for _ in range(burn_in):
+                self.step("burn_in", bar)
+            self.explore(bar)
+            noise_share = self.noise_share()
+            self.movement.begin()
+            run, chain = secrets.randbits(63), self.sampler.param_groups[0]["chain"]
+            names = _names_that_differ(self.student, self.sampler, self.energy.batch_norm)
+            for index in range(num_draws):
+                for _ in range(thin):
+                    if not self.samples:
+                        self.movement.end()
+                        self.explore(bar)
+                        self.movement.begin()
+                    self.step("sampling", bar)
+                if self.energy.batch_norm == "recalibrate":
+                    self.recalibrate()
+                draw = Draw(self.steps, chain, index, run, self.student, names)
+                for callback in self.callbacks:
+                    callback.on_draw(draw)
+                yield draw
+                self.energy.enter_sampling_mode()  # the caller may have evaluated the live model
+            self.movement.end()
+            self.sampler.check()
+            self.energy.check_loss()
+            health = Health(noise_share, self.movement.stationarity())
+            for callback in self.callbacks:
+                callback.on_end(health)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next step is one whose result may be a draw."""
+        return getattr(self.schedule, "sampling", True)
+
+    def explore(self, bar: "_Progress") -> None:
+        while not self.samples:
+            self.step("exploration", bar)
+
+    def step(self, phase: Phase, bar: "_Progress") -> None:
+        energy = self.energy.backward(next(self.energy.batches))
+        self.sampler.step()
+        self.steps += 1
+        if phase == "sampling":
+            self.movement.count()
+        if self.schedule is not None and phase != "warm_start":
+            self.schedule.step()
+            self.movement.read_rates()
+        if self.steps % CHECKED_STEPS == 0:
+            self.energy.check_loss()
+        bar.advance(phase, energy)
+        record = StepRecord(self.steps, phase, energy)
+        for callback in self.callbacks:
+            callback.on_step(record)
 
     @torch.no_grad()
     def recalibrate(self) -> None:
@@ -254,51 +344,79 @@ class _Loop:
             norm.momentum = None
             norm.train()
         for _ in range(RECALIBRATION_BATCHES):
-            self.student(self.unpack(next(self.batches))[0])
+            self.student(self.energy.unpack(next(self.energy.batches))[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-
-    # ---- health ----
-
-    def squared_norms(self) -> list[float]:
-        return [
-            sum(float(p.detach().double().square().sum()) for p in group["params"])
-            for group in self.sampler.param_groups
-        ]
 
     def noise_share(self) -> list[float]:
         """Variance of the minibatch gradient at the present point, in units of the temperature; warns where it is large."""
         groups = self.sampler.param_groups
-        shares = [math.nan] * len(groups)
-        if all(group["temperature"] == 0 or float(group["lr"]) == 0 for group in groups):
-            return shares
-        drawn: list[list[Tensor]] = [[] for _ in groups]
-        for _ in range(HEALTH_BATCHES):
-            self.backward(next(self.batches))
-            for found, group in zip(drawn, groups, strict=True):
-                gradients = [p.grad for p in group["params"] if p.grad is not None]
-                if gradients:
-                    found.append(_coordinates(gradients))
-        self.student.zero_grad(set_to_none=True)
-        for index, (found, group) in enumerate(zip(drawn, groups, strict=True)):
-            lr, temperature = float(group["lr"]), float(group["temperature"])
-            if found and temperature > 0 and lr > 0:
-                variance = float(torch.stack(found).var(dim=0).mean())
-                shares[index] = lr * group["num_data"] * variance / (2 * temperature)
-                if shares[index] > NOISE_SHARE_LIMIT:
-                    warn(
-                        f"group {index}: the minibatch gradient's own noise is {shares[index]:.2g} of the Langevin noise, so the "
-                        f"chain samples at about {1 + shares[index]:.2g} times its temperature. Lower lr or use larger batches."
-                    )
+        still = [is_zero(group["temperature"]) or is_zero(group["lr"]) for group in groups]
+        if all(still) or any(group["step_in_backward"] for group in groups):  # whose backward pass would move the chain
+            return [math.nan] * len(groups)
+        variances = self.energy.gradient_variance(HEALTH_BATCHES)
+        shares = [
+            math.nan if is_still else noise_share(self.sampler, group, variance)
+            for is_still, group, variance in zip(still, groups, variances, strict=True)
+        ]
+        for index, share in enumerate(shares):
+            if share > NOISE_SHARE_LIMIT and not isinstance(self.sampler, SGNHT):
+                warn(
+                    f"group {index}: the minibatch gradient's own noise is {share:.2g} of the Langevin noise, so the chain "
+                    f"samples at about {1 + share:.2g} times its temperature. Lower lr or use larger batches."
+                )
         return shares
 
-    def stationarity(self, start: list[float], steps: int) -> list[float]:
-        figures = []
-        for before, after, group in zip(start, self.squared_norms(), self.sampler.param_groups, strict=True):
-            coordinates = sum(p.numel() for p in group["params"])
-            diffusion = 2 * steps * coordinates * group["temperature"] * float(group["lr"]) / group["num_data"]
-            figures.append((after - before) / diffusion if diffusion > 0 else math.nan)
-        return figures
+
+class _Movement:
+    """How |theta|^2 grows over stretches of sampling, and how it would in free diffusion: `Health.stationarity`."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.growth = [0.0 for _ in sampler.param_groups]
+        self.diffusion = [0.0 for _ in sampler.param_groups]
+
+    def begin(self) -> None:
+        self.start = self._squared_norms()
+        self.heat = [0.0 for _ in self.start]  # T lr', summed over the steps of the stretch
+        self.read_rates()
+
+    def read_rates(self) -> None:
+        """T lr' of the steps to come. Not at every step: reading a tensor waits for the device."""
+        groups = self.sampler.param_groups
+        self.rates = [0.0 if is_zero(g["lr"]) else temperature_of(g) * self.sampler.effective_lr(g) for g in groups]
+
+    def count(self) -> None:
+        self.heat = [heat + rate for heat, rate in zip(self.heat, self.rates, strict=True)]
+
+    def end(self) -> None:
+        for index, (group, after) in enumerate(zip(self.sampler.param_groups, self._squared_norms(), strict=True)):
+            trace = sum(float(metric_of(self.sampler, p).sum(dtype=torch.float64)) for p in group["params"])
+            self.growth[index] += after - self.start[index]
+            self.diffusion[index] += 2 * self.heat[index] * trace / group["num_data"]
+
+    def stationarity(self) -> list[float]:
+        return [g / d if d > 0 else math.nan for g, d in zip(self.growth, self.diffusion, strict=True)]
+
+    def _squared_norms(self) -> list[float]:
+        groups = self.sampler.param_groups
+        return [sum(float(p.detach().double().square().sum()) for p in group["params"]) for group in groups]
+
+
+def noise_share(sampler: Sampler, group: dict[str, Any], variance: float) -> float:
+    """`Health.noise_share` of a group whose lr and temperature are positive, from its `BatchEnergy.gradient_variance`."""
+    return sampler.effective_lr(group) * float(group["num_data"]) * variance / (2 * temperature_of(group))
+
+
+def temperature_of(group: dict[str, Any]) -> float:
+    """The temperature of a group, the mean of its chains'."""
+    return float(rates_of(group)[1].mean())
+
+
+def metric_of(sampler: Sampler, parameter: Tensor) -> Tensor:
+    """The sampler's preconditioner at every coordinate of a parameter; without one, a 1 that takes no memory."""
+    metric = sampler.metric(parameter)
+    return torch.ones((), device=parameter.device).expand_as(parameter) if metric is None else metric
 
 
 class _Temperature:
@@ -338,17 +456,18 @@ class _Progress:
             if self.enabled:
                 self.task = self.bar.add_task("warm_start", total=self.total, energy="", rate="")
                 self.bar.start()
-                self.began, self.done = time.perf_counter(), 0
+                self.began, self.steps, self.done = time.perf_counter(), 0, 0
         return self
 
     def advance(self, phase: Phase, energy: Tensor) -> None:
         if not self.enabled:
             return
-        self.done += 1
+        self.steps += 1
+        self.done += phase != "exploration"  # whose number is not known before
         now = time.perf_counter()
         if now - self.shown > 0.25 or self.done == self.total:
             self.shown = now
-            rate = self.done / (now - self.began)
+            rate = self.steps / (now - self.began)
             self.bar.update(
                 self.task, completed=self.done, description=phase.replace("_", " "), energy=f"{float(energy):.4f}",
                 rate=f"{rate:.0f}",
@@ -368,14 +487,30 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name} = {value}: must be at least {smallest[name]}")
 
 
+def _check_schedule(schedule: LRScheduler | None, sampler: Sampler) -> None:
+    if schedule is None:
+        return
+    if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
+        raise TypeError(
+            f"schedule is a {type(schedule).__name__}: must be a torch.optim.lr_scheduler.LRScheduler that needs no metric"
+        )
+    if schedule.optimizer is not sampler:
+        raise ValueError(f"schedule is one of another {type(schedule.optimizer).__name__}: must be one of sampler")
+
+
+def _check_owned(student: nn.Module, sampler: Sampler) -> None:
+    sampled = {id(p) for group in sampler.param_groups for p in group["params"]}
+    owned = sum(id(parameter) in sampled for parameter in student.parameters())
+    if owned < len(sampled):
+        raise ValueError(
+            f"sampler holds {len(sampled)} parameters, of which {owned} are the student's: must hold only its own"
+        )
+
+
 def _names_that_differ(student: nn.Module, sampler: Sampler, batch_norm: BatchNorm) -> tuple[str, ...]:
     """Names of what a snapshot copies: the sampled parameters, and the buffers that move with them."""
     sampled = {id(p) for group in sampler.param_groups for p in group["params"]}
     names = [name for name, parameter in student.named_parameters() if id(parameter) in sampled]
-    if len(names) < len(sampled):
-        raise ValueError(
-            f"sampler holds {len(sampled)} parameters, of which {len(names)} are the student's: must hold only its own"
-        )
     if batch_norm != "freeze":
         names += [name for name, buffer in student.named_buffers() if buffer.is_floating_point()]
     return tuple(names)
@@ -399,11 +534,11 @@ def _warn_of_other_targets(student: nn.Module, sampler: Sampler, loader: Iterabl
         warn(f"the sampled posterior is not the stated one: {reason}.")
 
 
-def _coordinates(gradients: list[Tensor]) -> Tensor:
-    """The same few thousand coordinates of a group's gradient at every call, spread evenly."""
-    total = sum(g.numel() for g in gradients)
+def _coordinates(tensors: list[Tensor]) -> Tensor:
+    """The same few thousand coordinates of a group's tensors at every call, spread evenly."""
+    total = sum(t.numel() for t in tensors)
     stride = max(1, total // HEALTH_COORDINATES)
-    return torch.cat([g.detach().flatten()[::stride].double() for g in gradients])
+    return torch.cat([t.detach().flatten()[::stride].double() for t in tensors])
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
@@ -420,12 +555,3 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
     return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats)
-
-
-def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    return [(module, module.training) for module in model.modules()]
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training

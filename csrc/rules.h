@@ -10,7 +10,10 @@ constexpr int states_of(Rule rule) {
   return rule == Rule::sgld ? 0 : rule == Rule::adam || rule == Rule::sgnht ? 2 : 1;
 }
 
-// Numbers that a rule may have beside lr, decay and sigma.
-constexpr int kOwnNumbers = 6;
+// Numbers that a rule has beside lr, decay and sigma.
+constexpr int kOwnNumbers = 6;  // at most
+constexpr int own_numbers_of(Rule rule) {
+  return rule == Rule::sgld ? 0 : rule == Rule::rmsprop ? 3 : rule == Rule::adam ? 6 : 2;
+}
 
 }  // namespace bkd

@@ -2,12 +2,14 @@
 
 Layout, shared by every kernel that works on lists of tensors::
 
-    rows        int64 (tensors, 8): addresses of theta, gradient, center, mean, m2 and master (0 where there is none),
-                the number of elements, the first element's index in its whole parameter
-    parameters  int32 (tensors,): the parameter's number, a coordinate of the noise
-    chunks      int32 (chunks, 2): (tensor, number of the chunk in it); one program or thread block each
+    rows        int64 (tensors * chains, 10): addresses of theta, gradient, center, mean, m2, master, first and second (0 where
+                there is none), the number of elements, the first element's index in its whole parameter; a row for each
+                chain of each tensor
+    labels      int32 (tensors * chains, 4): of each row, the parameter's number, a coordinate of the noise; its chain, from
+                0; its tensor; nothing
+    chunks      int32 (chunks, 2): (row, number of the chunk in it); one program or thread block each
 
-Chunks count from the start of the *noise block* that holds the tensor's first element: with `phase = first_element & 3`, chunk
+Chunks count from the start of the *noise block* that holds the row's first element: with `phase = first_element & 3`, chunk
 k holds the elements k * size - phase <= i < (k + 1) * size - phase that exist, so that four neighbours that share a Philox
 call share a thread whatever the shard. `size` is a power of two, `SMALLEST_CHUNK` to `LARGEST_CHUNK`.
 
@@ -23,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROW = 8  # int64 entries of a row
+ROW = 10  # int64 entries of a row
+LABEL = 4  # int32 entries of a row's label
 SMALLEST_CHUNK, LARGEST_CHUNK = 4096, 65536
 CHUNKS_WANTED = 1024  # at least, where the tensors are large enough: several for each of a GPU's 100 to 150 processors
 KEPT = 32  # tables: a sampler's launches, times the few places between which an allocator moves gradients
@@ -35,14 +38,14 @@ class Table:
     """A table in the memory of its device.
 
     Attributes:
-        rows, parameters, chunks: see the head of this file.
+        rows, labels, chunks: see the head of this file.
         size: elements of a chunk.
         memory: what the three are views of.
         uploaded: the stream that uploaded it and an event that follows the upload; None on a CPU or inside a capture.
     """
 
     rows: Tensor
-    parameters: Tensor
+    labels: Tensor
     chunks: Tensor
     size: int
     memory: Tensor
@@ -73,29 +76,35 @@ def table_of(
     master: Sequence[Tensor] = (),
     parameters: Sequence[int] = (),
     first_elements: Sequence[int] = (),
+    first: Sequence[Tensor] = (),
+    second: Sequence[Tensor] = (),
+    chains: int = 1,
 ) -> Table:
     """The table of a launch on the current stream of theta's device.
 
     Args:
         theta: at least one tensor; all on one device.
-        gradient, center, mean, m2, master: like theta, or empty.
+        gradient, center, mean, m2, master, first, second: like theta, or empty.
         parameters, first_elements: one for each tensor, or empty for zeros.
+        chains: equal parts of each tensor, one behind the other, that have rows of their own.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and nothing is laid by for its table; one eager call lays it by.
         torch.OutOfMemoryError: no memory; everything kept is as it was.
     """
     device = theta[0].device
-    addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in (theta, gradient, center, mean, m2, master)]
+    columns = (theta, gradient, center, mean, m2, master, first, second)
+    addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in columns]
+    sizes = [tensors[0].itemsize if tensors else 0 for tensors in columns]
     counts = tuple(map(Tensor.numel, theta))
-    key = (device, *addresses, counts, tuple(parameters), tuple(first_elements))
+    key = (device, *addresses, counts, tuple(parameters), tuple(first_elements), chains)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.pop(key, None)
     if table is None:
-        packed, size = _pack(addresses, counts, parameters, first_elements)
+        packed, size = _pack(addresses, counts, parameters, first_elements, sizes, chains)
         if capturing:
-            return _built_in_a_capture(packed, size, len(theta), device)
-        table = _upload(packed, size, len(theta), device)
+            return _built_in_a_capture(packed, size, len(theta), device, chains)
+        table = _upload(packed, size, len(theta), device, chains)
     _tables[key] = table
     if capturing:
         _in_graphs.append(table)  # uploaded long ago: a capture begins with a synchronised device
@@ -112,35 +121,44 @@ def _pack(
     counts: tuple[int, ...],
     parameters: Sequence[int],
     first_elements: Sequence[int],
+    sizes: Sequence[int],
+    chains: int,
 ) -> tuple[NDArray[np.int64], int]:
-    """The three arrays one behind the other, and the size of a chunk."""
+    """The three arrays one behind the other, and the size of a chunk. `sizes`: bytes of an element of each column's arrays."""
     tensors = len(counts)
-    rows = np.zeros((tensors, ROW), np.int64)
+    whole = np.zeros((tensors, ROW), np.int64)
     for column, values in enumerate((*addresses, counts, first_elements)):
         if values:
-            rows[:, column] = np.array(values, np.uint64).view(np.int64)
-    count, phase = rows[:, 6], rows[:, 7] & 3
+            whole[:, column] = np.array(values, np.uint64).view(np.int64)
+    whole[:, ROW - 2] //= chains
+    rows = np.repeat(whole, chains, axis=0)
+    before = rows[:, ROW - 2] * np.tile(np.arange(chains), tensors)  # elements of the chains before
+    for column, size_of in enumerate(sizes):
+        rows[:, column] += np.where(rows[:, column] != 0, before * size_of, 0)
+    count, phase = rows[:, ROW - 2], rows[:, ROW - 1] & 3
     wanted = int(count.sum()) // CHUNKS_WANTED
     size = min(max(1 << wanted.bit_length() >> 1, SMALLEST_CHUNK), LARGEST_CHUNK)
     chunks_of = np.where(count > 0, -(-(count + phase) // size), 0)
     first_chunk = np.cumsum(chunks_of) - chunks_of
-    tensor = np.repeat(np.arange(tensors), chunks_of)
-    chunk = np.arange(tensor.size) - first_chunk[tensor]
-    numbers = np.zeros(tensors + tensors % 2, np.int32)
-    numbers[:tensors] = parameters or 0
-    pairs = np.stack([tensor, chunk], axis=1).astype(np.int32)
-    return np.concatenate([rows.reshape(-1), numbers.view(np.int64), pairs.reshape(-1).view(np.int64)]), size
+    row = np.repeat(np.arange(tensors * chains), chunks_of)
+    chunk = np.arange(row.size) - first_chunk[row]
+    labels = np.zeros((tensors, chains, LABEL), np.int32)
+    labels[:, :, 0] = np.array(parameters or 0, np.int32).reshape(-1, 1)
+    labels[:, :, 1] = np.arange(chains)
+    labels[:, :, 2] = np.arange(tensors)[:, None]
+    pairs = np.stack([row, chunk], axis=1).astype(np.int32)
+    return np.concatenate([rows.reshape(-1), labels.reshape(-1).view(np.int64), pairs.reshape(-1).view(np.int64)]), size
 
 
 def _table_in(
-    memory: Tensor, size: int, tensors: int, uploaded: tuple[torch.cuda.Stream, torch.cuda.Event] | None
+    memory: Tensor, size: int, tensors: int, chains: int, uploaded: tuple[torch.cuda.Stream, torch.cuda.Event] | None
 ) -> Table:
     """The packed arrays' views."""
-    numbers = ROW * tensors
-    pairs = numbers + (tensors + 1) // 2
+    labels = ROW * tensors * chains
+    pairs = labels + LABEL // 2 * tensors * chains
     return Table(
-        rows=memory[:numbers].view(tensors, ROW),
-        parameters=memory[numbers:pairs].view(torch.int32)[:tensors],
+        rows=memory[:labels].view(tensors * chains, ROW),
+        labels=memory[labels:pairs].view(torch.int32).view(-1, LABEL),
         chunks=memory[pairs:].view(torch.int32).view(-1, 2),
         size=size,
         memory=memory,
@@ -148,17 +166,17 @@ def _table_in(
     )
 
 
-def _upload(packed: NDArray[np.int64], size: int, tensors: int, device: torch.device) -> Table:
+def _upload(packed: NDArray[np.int64], size: int, tensors: int, device: torch.device, chains: int) -> Table:
     host = torch.from_numpy(packed)
     if device.type != "cuda":
-        return _table_in(host, size, tensors, None)
+        return _table_in(host, size, tensors, chains, None)
     pinned = host.pin_memory()  # torch frees it when the copy is done
     memory = torch.empty_like(host, device=device).copy_(pinned, non_blocking=True)
     stream = torch.cuda.current_stream(device)
-    return _table_in(memory, size, tensors, (stream, stream.record_event()))
+    return _table_in(memory, size, tensors, chains, (stream, stream.record_event()))
 
 
-def _built_in_a_capture(packed: NDArray[np.int64], size: int, tensors: int, device: torch.device) -> Table:
+def _built_in_a_capture(packed: NDArray[np.int64], size: int, tensors: int, device: torch.device, chains: int) -> Table:
     """A table whose upload is a node of the graph, so that nobody else may count on it."""
     arena = _arenas.get(device)
     if arena is None or arena.host.numel() - arena.used < packed.size:
@@ -171,7 +189,7 @@ def _built_in_a_capture(packed: NDArray[np.int64], size: int, tensors: int, devi
     _in_graphs.append(arena)
     arena.host[place].numpy()[:] = packed
     memory = arena.memory[place].copy_(arena.host[place], non_blocking=True)
-    return _table_in(memory, size, tensors, None)
+    return _table_in(memory, size, tensors, chains, None)
 
 
 def _follow_upload(table: Table, stream: torch.cuda.Stream) -> None:

@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "distill": {"ops"},
     "posterior": {"ops", "collectives"},
     "sampling": {"samplers", "distill", "posterior", "ops", "collectives"},
+    "step_size": {"sampling", "samplers"},
+    "checking": set(),
     "heads": {"samplers", "distill", "posterior", "ops"},
 }
 ANYTHING = {"app", "__init__"}  # app stands on top; the package's face shows what it chooses

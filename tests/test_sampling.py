@@ -5,9 +5,20 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import bkd_fast as bkd
+from bkd_fast.samplers.cyclical import CyclicalSchedule
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Work this small only waits for the second thread where others use the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Recorder(bkd.Callback):
@@ -210,24 +221,221 @@ def test_health_of_a_full_batch_chain():
     assert 0.2 < recorder.health.stationarity[0] < 1.5
 
 
-def test_noise_share_is_the_gradient_variance_in_units_of_temperature():
-    """A linear loss has a gradient that is exactly the batch mean of its data: known variance per coordinate."""
-    torch.manual_seed(0)
-    student = nn.Linear(4, 1, bias=False)
-    x = torch.randn(1024, 4)
-    loader = DataLoader(TensorDataset(x, x[:, 0]), 8, shuffle=True, generator=torch.Generator().manual_seed(0))
-    sampler = bkd.SGLD(student.parameters(), 0.004, num_data=1024, prior_precision=1.0)
+SIZE = 256
+
+
+def _known_variance(deviations=1.0):
+    """A linear loss, whose gradient is exactly the batch mean of its data: known variance per coordinate."""
+    generator = torch.Generator().manual_seed(0)
+    student = nn.Linear(SIZE, 1, bias=False)
+    x = torch.randn(1024, SIZE, generator=generator) * deviations
+    loader = DataLoader(TensorDataset(x, x[:, 0]), 8, shuffle=True, generator=generator)
+    return student, loader, x.var(0) / 8 * (1 - 8 / 1024)
+
+
+def _health(student, sampler, loss_fn, loader, **counts):
     recorder = Recorder()
+    for _ in bkd.sample(
+        student, sampler, loss_fn, loader, **{"num_draws": 1, "progress": False, "callbacks": [recorder], **counts}
+    ):
+        pass
+    return recorder.health
+
+
+def _linear(z, y, t):
+    return z.mean()
+
+
+def test_noise_share_is_the_gradient_variance_in_units_of_temperature():
+    student, loader, variance = _known_variance()
+    sampler = bkd.SGLD(student.parameters(), 0.004, num_data=1024, prior_precision=1.0)
     with pytest.warns(bkd.BKDFastWarning, match="own noise is"):
-        list(
-            bkd.sample(
-                student, sampler, lambda z, y, t: z.mean(), loader, num_draws=1, progress=False, callbacks=[recorder]
-            )
-        )
-    variance = float(x.var(0).mean()) / 8 * (1 - 8 / 1024)
-    expected = 0.004 * 1024 * variance / 2
-    # 16 batches x 4 coordinates: relative standard error sqrt(2 / 60)
-    assert recorder.health.noise_share[0] == pytest.approx(expected, rel=5 * math.sqrt(2 / 60))
+        health = _health(student, sampler, _linear, loader)
+    expected = 0.004 * 1024 * float(variance.mean()) / 2
+    # 16 batches: the relative standard error is sqrt(2 / (15 SIZE))
+    assert health.noise_share[0] == pytest.approx(expected, rel=5 * math.sqrt(2 / (15 * SIZE)))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings", "effective"),
+    [
+        (bkd.SGHMC, {"momentum": 0.8, "dampening": 0.25}, 0.75 / 0.2),
+        (bkd.SGNHT, {"momentum": 0.5}, 2.0),
+        (bkd.BAOAB, {"friction": 200.0}, (1 + math.exp(-200 / 1024)) / (1 - math.exp(-200 / 1024)) / 2),
+    ],
+)
+def test_noise_share_with_momentum(sampler, settings, effective):
+    student, loader, variance = _known_variance()
+    lr = 0.001 if sampler is not bkd.BAOAB else 1 / 1024  # h = 1 / 1024
+    chain = sampler(student.parameters(), lr, num_data=1024, temperature=4.0, **settings)
+    share = _health(student, chain, _linear, loader).noise_share[0]
+    expected = effective * lr * 1024 * float(variance.mean()) / (2 * 4.0)
+    assert share == pytest.approx(expected, rel=5 * math.sqrt(2 / (15 * SIZE)))
+
+
+def test_noise_share_weighs_the_variance_by_the_metric():
+    student, loader, variance = _known_variance(torch.logspace(-1, 0, SIZE))
+    sampler = bkd.PSGLD(student.parameters(), 1e-4, num_data=1024)
+    student.weight.grad = torch.logspace(2, 0, SIZE)[None]
+    sampler.step()
+    sampler.freeze_metric()
+    weighted = sampler.metric(student.weight) * variance
+    share = _health(student, sampler, _linear, loader).noise_share[0]
+    expected = 1e-4 * 1024 * float(weighted.mean()) / 2
+    deviation = math.sqrt(2 / 15 * float(weighted.square().sum())) / float(weighted.sum())
+    assert share == pytest.approx(expected, rel=5 * deviation)
+
+
+def test_thermostats_take_the_minibatch_noise_out():
+    """SGNHT reports its share and warns of nothing; others warn."""
+    student, loader, _ = _known_variance()
+    sampler = bkd.SGNHT(student.parameters(), 0.01, num_data=1024)
+    assert _health(student, sampler, _linear, loader).noise_share[0] > 1
+
+
+def test_a_sampler_that_steps_in_backward_is_not_measured():
+    """A measurement would move it: the chain is that of the sampler that does not."""
+    chains, shares = [], []
+    for in_backward in (False, True):
+        student, teacher, loader, _ = _problem()
+        batches = [next(iter(loader))]  # the measurement takes some
+        sampler = _sampler(student, step_in_backward=in_backward)
+        health = _health(student, sampler, bkd.KDLoss(1.0), batches, teacher=teacher, num_draws=3)
+        chains.append(student[0].weight.detach())
+        shares.append(health.noise_share[0])
+    assert torch.equal(*chains) and not math.isnan(shares[0]) and math.isnan(shares[1])
+
+
+class _Still(nn.Module):
+    """Parameters that the energy does not see."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        return 0 * self.theta.sum() + x
+
+
+FLAT = [(torch.zeros(1), None)]
+
+
+def test_stationarity_is_1_in_free_diffusion():
+    """With a changing lr, a metric, momenta and phases too. theta begins at 0, so a figure is a mean of chi-squares."""
+    size = 20_000
+    student = _Still(size)
+    sampler = bkd.SGLD(student.parameters(), 0.1, num_data=100, temperature=2.0)
+    health = _health(student, sampler, _linear, FLAT, num_draws=30, schedule=ExponentialLR(sampler, 0.9))
+    assert health.stationarity[0] == pytest.approx(1, abs=5 * math.sqrt(2 / size))
+
+    student, recorder = _Still(size), Recorder()
+    sampler = bkd.SGLD(student.parameters(), 0.1, num_data=100)
+
+    class MovesWhileExploring(bkd.Callback):
+        def on_step(self, record):
+            if record.phase == "exploration":
+                student.theta.data.zero_()
+
+    schedule = CyclicalSchedule(sampler, 20, 0.5)
+    callbacks = [MovesWhileExploring(), recorder]
+    _health(student, sampler, _linear, FLAT, num_draws=30, schedule=schedule, callbacks=callbacks)
+    assert recorder.health.stationarity[0] == pytest.approx(1, abs=5 * math.sqrt(2 / size))
+
+    student = _Still(size)
+    sampler = bkd.PSGLD(student.parameters(), 0.1, num_data=100)
+    student.theta.grad = torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.1
+    sampler.step()
+    sampler.freeze_metric()
+    student.theta.data.zero_()
+    metric = sampler.metric(student.theta)
+    health = _health(student, sampler, _linear, FLAT, num_draws=30)
+    deviation = math.sqrt(2 * float(metric.square().sum())) / float(metric.sum())
+    assert health.stationarity[0] == pytest.approx(1, abs=5 * deviation)
+
+    student = _Still(size)
+    sampler = bkd.SGHMC(student.parameters(), 0.1, num_data=100, momentum=0.5)
+    health = _health(student, sampler, _linear, FLAT, num_draws=300)
+    # momenta that start at rest miss less than the variance of 2 / (1 - mu) steps
+    assert health.stationarity[0] == pytest.approx(1, abs=5 * math.sqrt(2 / size) + 4 / 300)
+
+
+class Settings(bkd.Callback):
+    """The sampler's settings after every step, that is for the next one."""
+
+    def __init__(self, sampler):
+        self.group, self.seen = sampler.param_groups[0], []
+
+    def on_step(self, record):
+        self.seen.append((record.phase, self.group["lr"], self.group["temperature"]))
+
+
+def test_a_schedule_is_stepped_in_burn_in_and_sampling():
+    student, teacher, loader, _ = _problem()
+    sampler = _sampler(student)
+    settings, schedule = Settings(sampler), LambdaLR(sampler, lambda k: 0.5**k)
+    for _ in bkd.sample(
+        student, sampler, bkd.KDLoss(1.0), loader, teacher=teacher, warm_start=3, burn_in=2, thin=2, num_draws=2,
+        schedule=schedule, progress=False, callbacks=[settings],
+    ):  # fmt: skip
+        pass
+    assert [(phase, temperature) for phase, _, temperature in settings.seen] == [("warm_start", 0.0)] * 3 + [
+        ("burn_in", 1.0)
+    ] * 2 + [("sampling", 1.0)] * 4
+    assert [lr for _, lr, _ in settings.seen] == [0.02] * 3 + [0.02 * 0.5**k for k in range(1, 7)]
+    assert sampler.param_groups[0]["lr"] == 0.02 / 64 and schedule.last_epoch == 6  # where it stands it stays
+
+
+def test_draws_are_taken_in_sampling_phases_alone():
+    """Cycles of 10 steps whose last 4 sample, after 2 of warm start and 3 of burn-in; a draw every third of those."""
+    student, teacher, loader, _ = _problem()
+    sampler = _sampler(student, temperature=0.5)
+    settings, schedule = Settings(sampler), CyclicalSchedule(sampler, 10, 0.6)
+    arguments = {"teacher": teacher, "thin": 3, "schedule": schedule, "progress": False, "callbacks": [settings]}
+    draws = bkd.sample(student, sampler, bkd.KDLoss(1.0), loader, warm_start=2, burn_in=3, num_draws=4, **arguments)
+    sampling = [2 + 10 * cycle + k for cycle in range(3) for k in (7, 8, 9, 10)]
+    assert [draw.step for draw in draws] == sampling[2::3]
+    phases = ["warm_start"] * 2 + ["burn_in"] * 3 + ["exploration"] * 3 + ["sampling"] * 4
+    phases += 2 * (["exploration"] * 6 + ["sampling"] * 4)
+    assert [phase for phase, _, _ in settings.seen] == phases
+    # a phase's settings are set by the step before
+    for (_, _, temperature), (phase, _, _) in zip(settings.seen, settings.seen[1:], strict=False):
+        assert temperature == (0.5 if phase == "sampling" else 0)
+    assert schedule.last_epoch == 30 and schedule.cycle == 3
+    more = bkd.sample(student, sampler, bkd.KDLoss(1.0), loader, num_draws=1, **arguments)
+    assert [draw.step for draw in more] == [9] and schedule.last_epoch == 39
+
+
+def test_the_warm_start_is_cold_and_health_is_that_of_the_first_sampling_step():
+    student, teacher, loader, _ = _problem()
+    sampler = _sampler(student, lr=1e-4)
+    settings, recorder = Settings(sampler), Recorder()
+    for exploration, warm_start in ((0.0, 4), (0.5, 0)):
+        schedule = CyclicalSchedule(sampler, 8, exploration)
+        for _ in bkd.sample(
+            student, sampler, bkd.KDLoss(1.0), loader, teacher=teacher, warm_start=warm_start, num_draws=2,
+            schedule=schedule, progress=False, callbacks=[settings, recorder],
+        ):  # fmt: skip
+            pass
+        assert recorder.health.noise_share[0] > 0
+    assert [(phase, temperature) for phase, _, temperature in settings.seen[:6]] == [("warm_start", 0.0)] * 4 + [
+        ("sampling", 1.0)
+    ] * 2
+
+
+def test_schedules_that_do_not_fit():
+    student, teacher, loader, _ = _problem()
+    sampler, other = _sampler(student), _sampler(student)
+    arguments = {"teacher": teacher, "num_draws": 3, "progress": False}
+    for schedule, error, message in (
+        (ExponentialLR(other, 0.9), ValueError, "schedule is one of another SGLD: must be one of sampler"),
+        (ReduceLROnPlateau(sampler), TypeError, "schedule is a ReduceLROnPlateau: must be"),
+        (0.9, TypeError, "schedule is a float: must be"),
+    ):
+        with pytest.raises(error, match=message):
+            bkd.sample(student, sampler, bkd.KDLoss(1.0), loader, schedule=schedule, **arguments)
+    schedule = LambdaLR(sampler, lambda k: 1 - k)
+    with pytest.raises(ValueError, match=r"lr = -0\.02: must be"):
+        list(bkd.sample(student, sampler, bkd.KDLoss(1.0), loader, schedule=schedule, **arguments))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def noise_table(sigma: float | Tensor, dtype: torch.dtype, device: torch.device 
         device: where the table of a number goes; None for the CPU. A tensor's is its own.
 
     Returns:
-        float32 (256,) or (32,), with chains (chains, 256) or (chains, 32), by exponent field: `LangevinStep.noise_table`. Not to be written to: calls share it.
+        float32 (256,) or (32,), with chains (chains, 256) or (chains, 32), by exponent field: `LangevinStep.noise_table`. Not to
+        be written to: calls share it.
 
     Raises:
         TypeError: another dtype. ValueError: a number that is negative or not finite.

@@ -1,12 +1,14 @@
-// The Langevin step of many tensors in one launch: one thread block per chunk of the launch table (kernels/table.py).
+// The Langevin step of many tensors and chains in one launch, by any rule: one thread block per chunk of the launch table
+// (kernels/table.py).
 //
-// In whole tiles a thread takes eight elements of each array (four of float64, and of float32 with moments) by 16-byte accesses,
-// all loads before the arithmetic, so that bytes are on their way while Philox runs. What the ends of a tensor and odd
+// In whole tiles a thread takes eight elements of each array (four of float64, and of float32 with moments or state) by 16-byte
+// accesses, all loads before the arithmetic, so that bytes are on their way while Philox runs. What the ends of a tensor and odd
 // addresses leave goes in blocks of four elements, one access each.
 //
 // Budget on sm_90 in bytes and instructions per element, the check for non-finite gradients included, in at most 64 registers:
 //   float32                12, 35    with a prior's mean 16, 43    and running moments 32, 56    (118 last as long as 12 bytes)
 //   bfloat16, nearest       6, 39    stochastic           6, 66    float32 master      12, 37    (59 as long as 6, at 3 TB/s)
+// and of the other rules, float32: sghmc 20, 51    baoab 20, 52    sgnht 28, 58    rmsprop 20, 97    adam 28, 102
 // tests/kernels/variants_langevin_cuda.py holds it.
 #include "../half.h"
 #include "../langevin.h"
@@ -25,11 +27,14 @@ template <class T, class Real> struct Row {
   Real* mean;
   Real* m2;
   float* master;
+  Real* first;
+  Real* second;
   int64_t count;
   int64_t first_element;
 };
 
-struct Chunk { int32_t tensor, number; };
+struct Label { int32_t parameter, chain, tensor, unused; };
+struct Chunk { int32_t row, number; };
 
 template <class T> struct Format { using Real = float; static constexpr int kFields = 0; };
 template <> struct Format<double> { using Real = double; static constexpr int kFields = 0; };
@@ -38,16 +43,20 @@ template <> struct Format<Half> { using Real = float; static constexpr int kFiel
 template <class T> using RealOf = typename Format<T>::Real;
 
 constexpr int kThreads = 128;
-// 64 registers a thread; 80 where eight neighbours carry their moments, which spilled otherwise
-template <class T, bool moments> constexpr int kBlocksPerProcessor = sizeof(T) == 2 && moments ? 6 : 8;
+// 64 registers a thread; more where neighbours carry moments or state, or a root and a quotient of each: those spilled otherwise
+template <class T> constexpr int blocks_per_processor(Rule rule, bool moments) {
+  const int carried = 2 * moments + states_of(rule);
+  if (sizeof(T) == 2) return carried == 0 ? 8 : carried == 4 ? 4 : carried == 2 && moments ? 6 : 5;
+  return carried <= 2 && rule != Rule::rmsprop ? 8 : sizeof(T) == 8 ? 5 : 6;
+}
 
 // neighbours that a thread takes together, so that an access has 16 bytes; how many such runs of a tile it takes
 template <class T> constexpr int kRun = sizeof(T) == 2 ? 8 : 4;
-template <class T, bool moments> constexpr int kRuns = sizeof(T) == 4 && !moments ? 2 : 1;
+template <class T, bool plain> constexpr int kRuns = sizeof(T) == 4 && plain ? 2 : 1;
 
-// What is the same for every element of a launch.
-template <class Real> struct Numbers {
-  Real minus_lr, decay, sigma, inverse_count;
+// What is the same for every element of a row, beside the rule's Numbers.
+template <class Real> struct Shared {
+  Real decay, inverse_count;
   uint32_t kept;  // elements whose gradient has these exponent_bits keep their value
 };
 
@@ -130,11 +139,12 @@ template <int n> __device__ __forceinline__ void draw_16_bits(uint32_t (&to)[n],
 }
 
 // n neighbours of one tensor in registers.
-template <class T, Rounding rounding, bool noisy, bool prior, bool moments, int n> struct Run {
+template <class T, Rule rule, Rounding rounding, bool noisy, bool prior, bool moments, int n> struct Run {
   using Real = RealOf<T>;
   T theta[n], gradient[n], center[n];
   Real mean[n], m2[n];
   float master[n];
+  Real first[n], second[n];
 
   // the first is element `at` + `plus` of what the row's addresses point to; `plus` is known at compile time
   template <bool whole> __device__ __forceinline__ void read(const Row<T, Real>& row, uint32_t at, int plus, Present p) {
@@ -150,6 +160,8 @@ template <class T, Rounding rounding, bool noisy, bool prior, bool moments, int 
       load<whole>(mean, row.mean + at + plus, p);
       load<whole>(m2, row.m2 + at + plus, p);
     }
+    if constexpr (states_of(rule) > 0) load<whole>(first, row.first + at + plus, p);
+    if constexpr (states_of(rule) > 1) load<whole>(second, row.second + at + plus, p);
   }
 
   template <bool whole> __device__ __forceinline__ void write(const Row<T, Real>& row, uint32_t at, int plus, Present p) const {
@@ -159,11 +171,13 @@ template <class T, Rounding rounding, bool noisy, bool prior, bool moments, int 
       store<whole>(row.mean + at + plus, mean, p);
       store<whole>(row.m2 + at + plus, m2, p);
     }
+    if constexpr (states_of(rule) > 0) store<whole>(row.first + at + plus, first, p);
+    if constexpr (states_of(rule) > 1) store<whole>(row.second + at + plus, second, p);
   }
 
   // `block`: the Philox block of the first element. Returns whether an element kept its value because of its gradient.
-  __device__ __forceinline__ bool advance(const Stream& stream, uint64_t block, const Numbers<Real>& c,
-                                          const float* noise_table) {
+  __device__ __forceinline__ bool step(const Stream& stream, uint64_t block, const Numbers<Real>& numbers, const Shared<Real>& c,
+                                       const float* noise_table) {
     float noise[n];
     uint32_t random[n];
     if constexpr (noisy) draw_normals(noise, stream, block);
@@ -178,11 +192,16 @@ template <class T, Rounding rounding, bool noisy, bool prior, bool moments, int 
       any_kept |= keep;
       if constexpr (rounding == kStochastic) {
         T rounded;
-        round_stochastically(sgld_to_round<T>(old, g, noise[k], c.minus_lr, noise_table), random[k], rounded);
+        round_stochastically(sgld_to_round<T>(old, g, noise[k], numbers.minus_lr, noise_table), random[k], rounded);
         theta[k] = keep ? theta[k] : rounded;
       } else {
-        Real updated = noisy ? sgld(old, g, (Real)noise[k], c.minus_lr, c.sigma) : sgld_drift(old, g, c.minus_lr);
-        updated = keep ? old : updated;
+        Element<Real> e{old, states_of(rule) > 0 ? first[k] : Real{}, states_of(rule) > 1 ? second[k] : Real{}};
+        if constexpr (noisy) advance<rule>(e, g, (Real)noise[k], numbers);
+        else if constexpr (rule == Rule::sgld) e.theta = sgld_drift(old, g, numbers.minus_lr);
+        else advance<rule>(e, g, (Real)-0.0, numbers);
+        const Real updated = keep ? old : e.theta;
+        if constexpr (states_of(rule) > 0) first[k] = keep ? first[k] : e.first;
+        if constexpr (states_of(rule) > 1) second[k] = keep ? second[k] : e.second;
         narrow(updated, theta[k]);
         if constexpr (rounding == kMaster) master[k] = updated;
       }
@@ -204,38 +223,48 @@ template <class T, class Real> __device__ __forceinline__ void advance_by(Row<T,
   row.mean += elements;
   row.m2 += elements;
   row.master += elements;
+  row.first += elements;
+  row.second += elements;
 }
 
 template <class T, class Real> __device__ __forceinline__ bool is_aligned(const Row<T, Real>& row) {
   const uint64_t bits = (uint64_t)row.theta | (uint64_t)row.gradient | (uint64_t)row.center | (uint64_t)row.mean |
-                        (uint64_t)row.m2 | (uint64_t)row.master;
+                        (uint64_t)row.m2 | (uint64_t)row.master | (uint64_t)row.first | (uint64_t)row.second;
   return bits % 16 == 0;
 }
 
-// `scalars` (lr, decay, sigma) and `clock` (the step) stand for the numbers where they are not null; `nonfinite` has a flag
-// for each tensor, or is null: no check; `noise_table` has kFields entries where the rounding is stochastic. Without `noisy`
-// or `prior` the step is that of sigma = 0 or decay = 0.
-template <class T, Rounding rounding, bool noisy, bool prior, bool moments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T, moments>)
-    langevin_step(const Row<T, RealOf<T>>* rows, const int32_t* parameters, const Chunk* chunks, int32_t chunk_size,
+// `scalars` (lr, decay, sigma, the rule's own) and `clock` (the step) stand for the numbers where they are not null; `nonfinite`
+// has a flag for each tensor, or is null: no check; `noise_table` has kFields entries where the rounding is stochastic. The
+// strides are from one chain's scalars and table to the next's, 0 where one serves all. Without `noisy` or `prior` the step is
+// that of sigma = 0 or decay = 0.
+template <class T, Rule rule, Rounding rounding, bool noisy, bool prior, bool moments>
+__global__ void __launch_bounds__(kThreads, blocks_per_processor<T>(rule, moments))
+    langevin_step(const Row<T, RealOf<T>>* rows, const Label* labels, const Chunk* chunks, int32_t chunk_size,
                   uint8_t* nonfinite, const float* noise_table, const RealOf<T>* scalars, const int64_t* clock, uint64_t seed,
-                  uint64_t step, uint32_t chain, RealOf<T> lr, RealOf<T> decay, RealOf<T> sigma, RealOf<T> inverse_count) {
+                  uint64_t step, uint32_t chain, int32_t scalars_stride, int32_t table_stride, RealOf<T> lr,
+                  RealOf<T> decay, RealOf<T> sigma, RealOf<T> inverse_count, RealOf<T> n0, RealOf<T> n1, RealOf<T> n2,
+                  RealOf<T> n3, RealOf<T> n4, RealOf<T> n5) {
   using Real = RealOf<T>;
+  const Chunk chunk = chunks[blockIdx.x];
+  const Label label = labels[chunk.row];
   __shared__ float table[rounding == kStochastic ? Format<T>::kFields : 1];
   if constexpr (rounding == kStochastic) {
-    for (int k = threadIdx.x; k < Format<T>::kFields; k += kThreads) table[k] = noise_table[k];
+    for (int k = threadIdx.x; k < Format<T>::kFields; k += kThreads) table[k] = noise_table[label.chain * table_stride + k];
     __syncthreads();
   }
+  Numbers<Real> numbers{-lr, sigma, {n0, n1, n2, n3, n4, n5}};
   if (scalars) {
-    lr = scalars[0];
+    scalars += label.chain * scalars_stride;
+    numbers.minus_lr = -scalars[0];
     decay = scalars[1];
-    sigma = scalars[2];
+    numbers.sigma = scalars[2];
+#pragma unroll
+    for (int k = 0; k < own_numbers_of(rule); ++k) numbers.own[k] = scalars[3 + k];
   }
   if (clock) step = (uint64_t)*clock;
-  const Chunk chunk = chunks[blockIdx.x];
-  Row<T, Real> row = rows[chunk.tensor];
-  const Numbers<Real> numbers{-lr, decay, sigma, inverse_count, nonfinite ? kNonfiniteExponent<Real> : kNoExponent};
-  const Stream stream{seed, step, chain, (uint32_t)parameters[chunk.tensor], (uint32_t)Tag::langevin};
+  Row<T, Real> row = rows[chunk.row];
+  const Shared<Real> shared{decay, inverse_count, nonfinite ? kNonfiniteExponent<Real> : kNoExponent};
+  const Stream stream{seed, step, chain + label.chain, (uint32_t)label.parameter, (uint32_t)Tag::langevin};
 
   // a chunk begins with a Philox block, of which the first `phase` elements may lie before the tensor
   const int phase = (int)(row.first_element & 3);
@@ -248,27 +277,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T, moments>)
   bool any_kept = false;
   int done = 0;
   if (is_aligned(row)) {
-    constexpr int n = kRun<T>, runs = kRuns<T, moments>, stride = kThreads * n, tile = stride * runs;
+    constexpr int n = kRun<T>, runs = kRuns<T, !moments && states_of(rule) == 0>, stride = kThreads * n, tile = stride * runs;
     for (; done + tile <= length; done += tile) {
-      Run<T, rounding, noisy, prior, moments, n> run[runs];
+      Run<T, rule, rounding, noisy, prior, moments, n> run[runs];
       const uint32_t at = done + n * threadIdx.x;
 #pragma unroll
       for (int r = 0; r < runs; ++r) run[r].template read<true>(row, at, stride * r, {});
 #pragma unroll
       for (int r = 0; r < runs; ++r) {
-        any_kept |= run[r].advance(stream, first_block + at / 4 + stride * r / 4, numbers, table);
+        any_kept |= run[r].step(stream, first_block + at / 4 + stride * r / 4, numbers, shared, table);
         run[r].template write<true>(row, at, stride * r, {});
       }
     }
   }
   for (uint32_t at = done + 4 * threadIdx.x; at < length; at += 4 * kThreads) {
     const Present present{absent - (int)at, length - (int)at};
-    Run<T, rounding, noisy, prior, moments, 4> run;
+    Run<T, rule, rounding, noisy, prior, moments, 4> run;
     run.template read<false>(row, at, 0, present);
-    any_kept |= run.advance(stream, first_block + at / 4, numbers, table);
+    any_kept |= run.step(stream, first_block + at / 4, numbers, shared, table);
     run.template write<false>(row, at, 0, present);
   }
-  if (any_kept) nonfinite[chunk.tensor] = 1;
+  if (any_kept) nonfinite[label.tensor] = 1;
 }
 
 // found[i] becomes 1 where theta of row i holds a NaN or an infinity.
@@ -276,7 +305,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     find_nonfinite(const Row<T, RealOf<T>>* rows, const Chunk* chunks, int32_t chunk_size, uint8_t* found) {
   const Chunk chunk = chunks[blockIdx.x];
-  const Row<T, RealOf<T>> row = rows[chunk.tensor];
+  const Row<T, RealOf<T>> row = rows[chunk.row];
   const int64_t begin = (int64_t)chunk.number * chunk_size;
   const T* values = row.theta + begin;
   const int length = (int)(row.count - begin < chunk_size ? row.count - begin : chunk_size);
@@ -293,7 +322,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   for (int at = done + threadIdx.x; at < length; at += kThreads) bad |= !is_finite(*global(values + at));
-  if (bad) found[chunk.tensor] = 1;
+  if (bad) found[chunk.row] = 1;
 }
 
 }  // namespace bkd

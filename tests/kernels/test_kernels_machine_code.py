@@ -8,6 +8,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
+from rule_cases import OWN
 from sass import CudaVariant
 
 from bkd_fast.kernels.table import table_of
@@ -15,6 +16,7 @@ from bkd_fast.ops import use_backend
 from bkd_fast.ops.langevin import LangevinStep, langevin_step_
 from bkd_fast.ops.reference.noise import normal_pair
 from bkd_fast.ops.rounding import noise_table
+from bkd_fast.ops.rules import OWN_NUMBERS, RULES
 
 pytest.importorskip("triton", reason="needs the disassembler of Triton's wheel (pip install 'bkd_fast[gpu]')")
 
@@ -85,7 +87,7 @@ SIZES = [5, 1024, 3000, 1, 4300]
 FIRST = [0, 0, 3, 2, 2**34 - 1000]
 
 
-def a_step(dtype, rounding="nearest", decay=0.1, center=True, moments=True, sigma=0.03, in_a_graph=False):
+def a_step(dtype, rounding="nearest", decay=0.1, center=True, moments=True, sigma=0.03, in_a_graph=False, rule="sgld"):
     generator = torch.Generator().manual_seed(8)
 
     def tensors(kind=dtype):
@@ -94,6 +96,7 @@ def a_step(dtype, rounding="nearest", decay=0.1, center=True, moments=True, sigm
     real = torch.float64 if dtype == torch.float64 else torch.float32
     theta, gradient = tensors(), tensors()
     gradient[2][7], gradient[4][-1] = torch.nan, -torch.inf
+    states = [tensors(real) for _ in range(RULES[rule].states)]
     return LangevinStep(
         theta,
         gradient,
@@ -112,8 +115,12 @@ def a_step(dtype, rounding="nearest", decay=0.1, center=True, moments=True, sigm
         draws=3,
         master=tensors(torch.float32) if rounding == "master" else [],
         noise_table=noise_table(sigma, dtype) if rounding == "stochastic" else None,
-        scalars=torch.tensor([0.0137, decay, sigma], dtype=real) if in_a_graph else None,
+        scalars=torch.tensor([0.0137, decay, sigma, *OWN[rule]], dtype=real) if in_a_graph else None,
         clock=torch.tensor(2**32 - 1) if in_a_graph else None,
+        rule=rule,
+        first=(*states, [], [])[0],
+        second=(*states, [], [])[1],
+        own=OWN[rule],
     )
 
 
@@ -127,18 +134,18 @@ class EmulatedStep:
 
     def __init__(self, s, misaligned_by=0, claimed_too_many=0):
         self.memory = emulator.Memory()
-        self.groups = (s.theta, s.gradient, s.center, s.mean, s.m2, s.master)
+        self.groups = (s.theta, s.gradient, s.center, s.mean, s.m2, s.master, s.first, s.second)
         self.addresses = {
             tensor.data_ptr(): self.memory.put(numpy_of(tensor), misaligned_by if group is s.gradient else 0)
             for group in self.groups
             for tensor in group
         }
-        self.table = table_of(*self.groups, s.parameters, s.first_elements)
+        self.table = table_of(*self.groups[:6], s.parameters, s.first_elements, s.first, s.second)
         rows = self.table.rows.numpy().copy()
-        rows[:, :6] = [[self.addresses.get(int(address), 0) for address in row[:6]] for row in rows]
-        rows[0, 6] += claimed_too_many
+        rows[:, :8] = [[self.addresses.get(int(address), 0) for address in row[:8]] for row in rows]
+        rows[0, 8] += claimed_too_many
         self.rows = np.uint64(self.memory.put(rows))
-        self.parameters = np.uint64(self.memory.put(self.table.parameters.numpy()))
+        self.labels = np.uint64(self.memory.put(self.table.labels.numpy()))
         self.chunks = np.uint64(self.memory.put(self.table.chunks.numpy()))
         self.nonfinite, self.noise_table, self.scalars, self.clock = (
             np.uint64(0 if tensor is None else self.memory.put(numpy_of(tensor)))
@@ -146,7 +153,7 @@ class EmulatedStep:
         )
 
     def results(self, s):
-        written = [tensor for group in (s.theta, s.mean, s.m2, s.master) for tensor in group]
+        written = [tensor for group in (s.theta, s.mean, s.m2, s.master, s.first, s.second) for tensor in group]
         return [
             *(self.memory.get(self.addresses[tensor.data_ptr()]) for tensor in written),
             self.memory.get(int(self.nonfinite)),
@@ -157,7 +164,7 @@ def expected_results(s):
     with use_backend("reference"):
         langevin_step_(s)
     return [
-        *(numpy_of(tensor) for group in (s.theta, s.mean, s.m2, s.master) for tensor in group),
+        *(numpy_of(tensor) for group in (s.theta, s.mean, s.m2, s.master, s.first, s.second) for tensor in group),
         s.nonfinite.numpy(),
     ]
 
@@ -175,7 +182,7 @@ def run_cuda(s, capability, misaligned_by=0, claimed_too_many=0):
     emulated = EmulatedStep(s, misaligned_by, claimed_too_many)
     rounding = "master" if s.master else "nearest" if s.noise_table is None else "stochastic"
     noisy = s.sigma != 0 or s.noise_table is not None
-    instance = instance_of(dtype, rounding, noisy, s.decay != 0, bool(s.mean))
+    instance = instance_of(dtype, rounding, noisy, s.decay != 0, bool(s.mean), s.rule)
     real = np.float64 if dtype == torch.float64 else np.float32
     numbers = (0, 0, 0) if s.scalars is not None else (s.lr, s.decay, s.sigma)
     emulator.launch(
@@ -185,9 +192,10 @@ def run_cuda(s, capability, misaligned_by=0, claimed_too_many=0):
         block=128,
         capability=capability,
         arguments=[
-            emulated.rows, emulated.parameters, emulated.chunks, np.int32(emulated.table.size), emulated.nonfinite,
+            emulated.rows, emulated.labels, emulated.chunks, np.int32(emulated.table.size), emulated.nonfinite,
             emulated.noise_table, emulated.scalars, emulated.clock, np.uint64(s.seed),
-            np.uint64(0 if s.clock is not None else s.step), np.uint32(s.chain), *map(real, numbers), real(1 / s.draws),
+            np.uint64(0 if s.clock is not None else s.step), np.uint32(s.chain), np.int32(0), np.int32(0), *map(real, numbers),
+            real(1 / s.draws), *map(real, [*s.own, *[0.0] * (OWN_NUMBERS - len(s.own))]),
         ],
     )  # fmt: skip
     return emulated.results(s)
@@ -204,6 +212,12 @@ CUDA_STEPS = {
     "bfloat16, master": {"dtype": torch.bfloat16, "rounding": "master"},
     "float16, nearest": {"dtype": torch.float16, "moments": False},
     "float16, stochastic": {"dtype": torch.float16, "rounding": "stochastic"},
+    # rules without roots and quotients, whose instructions the emulator does not have
+    "float32, sghmc": {"dtype": torch.float32, "rule": "sghmc", "moments": False, "in_a_graph": True},
+    "float32, nesterov": {"dtype": torch.float32, "rule": "nesterov", "moments": False, "sigma": 0.0},
+    "float32, sgnht, moments": {"dtype": torch.float32, "rule": "sgnht"},
+    "float64, baoab": {"dtype": torch.float64, "rule": "baoab", "moments": False},
+    "bfloat16, master, sghmc": {"dtype": torch.bfloat16, "rule": "sghmc", "rounding": "master", "moments": False},
 }
 
 
@@ -230,6 +244,9 @@ TRITON_STEPS = {
     "fp16, stochastic, record": {
         "dtype": torch.float16, "rounding": "stochastic", "decay": 0.0, "center": False, "moments": False,
     },
+    "fp32, prior, record, sghmc": {"dtype": torch.float32, "rule": "sghmc", "center": False, "moments": False},
+    "fp32, prior, record, sgnht": {"dtype": torch.float32, "rule": "sgnht", "center": False, "moments": False},
+    "fp32, prior, record, baoab": {"dtype": torch.float32, "rule": "baoab", "center": False, "moments": False},
 }  # fmt: skip
 
 
@@ -247,9 +264,10 @@ def test_the_triton_step(name, capability, compiled):
         block=128,
         capability=capability,
         arguments=[
-            emulated.rows, emulated.parameters, emulated.chunks, np.int32(emulated.table.size),
+            emulated.rows, emulated.labels, emulated.chunks, np.int32(emulated.table.size),
             *(address for address, tensor in given if tensor is not None),  # the others are constants of the variant
-            *map(np.float64, (s.lr, s.decay, s.sigma, 1 / s.draws)), np.uint64(s.seed), np.int32(s.chain), np.int64(s.step),
+            *map(np.float64, (s.lr, s.decay, s.sigma, 1 / s.draws, *s.own, *[0.0] * (OWN_NUMBERS - len(s.own)))),
+            np.uint64(s.seed), np.int32(s.chain), np.int64(s.step), np.int32(0), np.int32(0),
         ],
     )  # fmt: skip
     assert_same_bits(emulated.results(s), expected_results(s))

@@ -176,7 +176,30 @@ def test_a_compiled_function_holds_the_step_without_a_break():
     def step(theta, gradient, number):
         scaled = [2 * g for g in gradient]
         torch.ops.bkd_fast.langevin_step_(
-            theta, scaled, [], [], [], None, 0.1, 0.01, 0.2, 3, 0, number, [0, 1], [0, 0], 0, [], None, None, None, "sgld", [], [], [], 1,
+            theta,
+            scaled,
+            [],
+            [],
+            [],
+            None,
+            0.1,
+            0.01,
+            0.2,
+            3,
+            0,
+            number,
+            [0, 1],
+            [0, 0],
+            0,
+            [],
+            None,
+            None,
+            None,
+            "sgld",
+            [],
+            [],
+            [],
+            1,
         )
         return find_nonfinite(scaled)
 

@@ -8,6 +8,7 @@ from bkd_fast.kernels.cuda import launch
 from bkd_fast.kernels.table import Table, table_of
 from bkd_fast.ops.langevin import LangevinStep
 from bkd_fast.ops.registry import implements
+from bkd_fast.ops.rules import OWN_NUMBERS
 
 _SOURCE = "langevin.cu"
 _THREADS = 128  # kThreads of the source
@@ -19,10 +20,10 @@ _NAMES = {
 }
 
 
-def instance_of(dtype: torch.dtype, rounding: str, noisy: bool, prior: bool, moments: bool) -> str:
+def instance_of(dtype: torch.dtype, rounding: str, noisy: bool, prior: bool, moments: bool, rule: str = "sgld") -> str:
     """The C++ name of the step's kernel; rounding is "nearest", "stochastic" or "master"."""
     options = ", ".join(str(option).lower() for option in (noisy, prior, moments))
-    return f"bkd::langevin_step<{_NAMES[dtype]}, bkd::k{rounding.capitalize()}, {options}>"
+    return f"bkd::langevin_step<{_NAMES[dtype]}, bkd::Rule::{rule}, bkd::k{rounding.capitalize()}, {options}>"
 
 
 def find_instance_of(dtype: torch.dtype) -> str:
@@ -40,6 +41,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _stride(tensor: Tensor | None) -> int:
+    """From one chain's row to the next's, 0 where there is one for all."""
+    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
+
+
 @implements("langevin_step_", "cuda")
 def langevin_step_(s: LangevinStep) -> None:
     dtype, device = s.theta[0].dtype, s.theta[0].device
@@ -47,10 +53,23 @@ def langevin_step_(s: LangevinStep) -> None:
     rounding = "master" if s.master else "nearest" if s.noise_table is None else "stochastic"
     noisy = s.sigma != 0 or s.noise_table is not None
     with torch.cuda.device(device):
-        table = table_of(s.theta, s.gradient, s.center, s.mean, s.m2, s.master, s.parameters, s.first_elements)
+        table = table_of(
+            s.theta,
+            s.gradient,
+            s.center,
+            s.mean,
+            s.m2,
+            s.master,
+            s.parameters,
+            s.first_elements,
+            s.first,
+            s.second,
+            s.chains,
+        )
+    own = [*s.own, *[0.0] * (OWN_NUMBERS - len(s.own))]
     arguments = (
         table.rows.data_ptr(),
-        table.parameters.data_ptr(),
+        table.labels.data_ptr(),
         table.chunks.data_ptr(),
         np.int32(table.size),
         _address(s.nonfinite),
@@ -60,12 +79,15 @@ def langevin_step_(s: LangevinStep) -> None:
         np.uint64(s.seed),
         np.uint64(s.step),
         np.uint32(s.chain),
+        np.int32(_stride(s.scalars)),
+        np.int32(_stride(s.noise_table)),
         real(s.lr),
         real(s.decay),
         real(s.sigma),
         real(1 / s.draws if s.mean else 0),
+        *map(real, own),
     )
-    _launch(table, instance_of(dtype, rounding, noisy, s.decay != 0, bool(s.mean)), arguments, device)
+    _launch(table, instance_of(dtype, rounding, noisy, s.decay != 0, bool(s.mean), s.rule), arguments, device)
 
 
 @implements("find_nonfinite", "cuda")

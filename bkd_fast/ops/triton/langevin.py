@@ -7,13 +7,26 @@ from bkd_fast.kernels import langevin
 from bkd_fast.kernels.table import table_of
 from bkd_fast.ops.langevin import LangevinStep
 from bkd_fast.ops.registry import implements
+from bkd_fast.ops.rules import RULES
 
 
 @implements("langevin_step_", "triton")
 def langevin_step_(s: LangevinStep) -> None:
     with torch.cuda.device_of(s.theta[0]):
         langevin.langevin_step_(
-            table_of(s.theta, s.gradient, s.center, s.mean, s.m2, s.master, s.parameters, s.first_elements),
+            table_of(
+                s.theta,
+                s.gradient,
+                s.center,
+                s.mean,
+                s.m2,
+                s.master,
+                s.parameters,
+                s.first_elements,
+                s.first,
+                s.second,
+                s.chains,
+            ),
             s.theta[0].dtype,
             centered=bool(s.center),
             moments=bool(s.mean),
@@ -29,6 +42,9 @@ def langevin_step_(s: LangevinStep) -> None:
             seed=s.seed,
             chain=s.chain,
             step=s.step,
+            rule=s.rule,
+            states=RULES[s.rule].states,
+            own=s.own,
         )
 
 
