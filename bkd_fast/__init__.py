@@ -12,6 +12,7 @@ from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Draws, PosteriorPredictive
 from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule
 from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
+from bkd_fast.stacked import StackedModule
 from bkd_fast.step_size import StepSize, suggest_lr
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "LinearHeadSampler",
     "NonFiniteError",
     "PosteriorPredictive",
+    "StackedModule",
     "StepRecord",
     "StepSize",
     "backends",

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from bkd_fast.errors import warn
 from bkd_fast.samplers.sampler import Sampler, rates_of
 from bkd_fast.samplers.settings import is_zero
-from bkd_fast.samplers.sgnht import SGNHT
+from bkd_fast.stacked import StackedModule
 
 Batch: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # x, target, teacher logits
 BatchNorm: TypeAlias = Literal["freeze", "recalibrate", "train"]
@@ -41,7 +41,8 @@ class Draw:
         chain: the sampler's chain number.
         index: number of this draw in its chain, from 0.
         run: 64-bit number of this call of `sample`: (run, chain, index) names a draw for ever.
-        model: the live network; it moves on with the chain.
+        model: the live network; it moves on with the chain. With chains in a `StackedModule`, one module that shows each chain in
+            turn: it is this draw's until the next one.
     """
 
     step: int
@@ -124,7 +125,8 @@ def sample(
     temperature) is put back at the end, also when the caller stops early.
 
     Args:
-        student: the network whose parameters `sampler` holds (all of them, or a head).
+        student: the network whose parameters `sampler` holds (all of them, or a head); for a sampler with `chains`, a
+            `StackedModule`, whose every chain yields `num_draws` draws.
         sampler: a sampler of `bkd_fast`.
         loss_fn: called as loss_fn(logits, target, teacher_logits), such as `KDLoss`; must be a mean over the batch.
         train_loader: yields (x, target), or (x, target, teacher_logits) with cached teacher logits; target may be None.
@@ -185,6 +187,7 @@ class BatchEnergy:
                 f"loss_fn.reduction = {reduction!r}: must be 'mean'; num_data scales the mean loss to the data set"
             )
         _check_owned(student, sampler)
+        self.chains = _chains_of(student, sampler, batch_norm)
         self.student, self.sampler, self.loss_fn, self.teacher = student, sampler, loss_fn, teacher
         self.batch_norm = batch_norm
         self.device = sampler.param_groups[0]["params"][0].device
@@ -226,11 +229,11 @@ class BatchEnergy:
         return x, target, teacher_logits
 
     def backward(self, batch: Any) -> Tensor:
-        """Gradients of the mean energy of one batch; returns the energy."""
+        """Gradients of the mean energy of one batch, with chains of each one's; returns the energy, their mean."""
         x, target, teacher_logits = self.complete(batch)
         self.student.zero_grad(set_to_none=True)
         energy = self.loss_fn(self.student(x), target, teacher_logits)
-        energy.backward()  # type: ignore[no-untyped-call]
+        (energy * self.chains).backward()  # type: ignore[no-untyped-call]
         return energy.detach()
 
     def gradient_variance(self, batches: int) -> list[float]:
@@ -268,6 +271,7 @@ class _Loop:
         self.energy, self.schedule, self.callbacks = energy, schedule, callbacks
         self.student, self.sampler = energy.student, energy.sampler
         self.movement = _Movement(energy.sampler)
+        self.turned: nn.Module | None = None  # of a StackedModule, the network of the chain whose draw it is
         self.steps = 0
 
     def draws(self, warm_start: int, burn_in: int, thin: int, num_draws: int, progress: bool) -> Iterator[Draw]:
@@ -296,10 +300,11 @@ class _Loop:
                     self.step("sampling", bar)
                 if self.energy.batch_norm == "recalibrate":
                     self.recalibrate()
-                draw = Draw(self.steps, chain, index, run, self.student, names)
-                for callback in self.callbacks:
-                    callback.on_draw(draw)
-                yield draw
+                for k, model in enumerate(self.models()):
+                    draw = Draw(self.steps, chain + k, index, run, model, names)
+                    for callback in self.callbacks:
+                        callback.on_draw(draw)
+                    yield draw
                 self.energy.enter_sampling_mode()  # the caller may have evaluated the live model
             self.movement.end()
             self.sampler.check()
@@ -307,6 +312,15 @@ class _Loop:
             health = Health(noise_share, self.movement.stationarity())
             for callback in self.callbacks:
                 callback.on_end(health)
+
+    def models(self) -> Iterator[nn.Module]:
+        """The live network of each chain in turn: one module, turned from chain to chain."""
+        if not isinstance(self.student, StackedModule):
+            yield self.student
+            return
+        for k in range(self.energy.chains):
+            self.turned = self.student.chain(k, into=self.turned)
+            yield self.turned
 
     @property
     def samples(self) -> bool:
@@ -360,7 +374,7 @@ class _Loop:
             for is_still, group, variance in zip(still, groups, variances, strict=True)
         ]
         for index, share in enumerate(shares):
-            if share > NOISE_SHARE_LIMIT and not isinstance(self.sampler, SGNHT):
+            if share > NOISE_SHARE_LIMIT and not self.sampler.takes_out_gradient_noise:
                 warn(
                     f"group {index}: the minibatch gradient's own noise is {share:.2g} of the Langevin noise, so the chain "
                     f"samples at about {1 + share:.2g} times its temperature. Lower lr or use larger batches."
@@ -507,12 +521,27 @@ def _check_owned(student: nn.Module, sampler: Sampler) -> None:
         )
 
 
+def _chains_of(student: nn.Module, sampler: Sampler, batch_norm: BatchNorm) -> int:
+    """How many chains move at once; each has a network of its own in a `StackedModule`."""
+    chains = {group["chains"] for group in sampler.param_groups}
+    stacked = student.chains if isinstance(student, StackedModule) else 1
+    if chains != {stacked}:
+        raise ValueError(
+            f"sampler has chains = {sorted(chains)} and student {stacked}: must agree, the student being a StackedModule"
+        )
+    if stacked > 1 and batch_norm == "recalibrate" and any(True for _ in _batch_norms(student)):
+        raise ValueError(f"batch_norm = 'recalibrate' with {stacked} chains: must be 'freeze' or 'train'")
+    return stacked
+
+
 def _names_that_differ(student: nn.Module, sampler: Sampler, batch_norm: BatchNorm) -> tuple[str, ...]:
     """Names of what a snapshot copies: the sampled parameters, and the buffers that move with them."""
     sampled = {id(p) for group in sampler.param_groups for p in group["params"]}
     names = [name for name, parameter in student.named_parameters() if id(parameter) in sampled]
     if batch_norm != "freeze":
         names += [name for name, buffer in student.named_buffers() if buffer.is_floating_point()]
+    if isinstance(student, StackedModule):
+        names = [name.removeprefix("stacked.") for name in names]
     return tuple(names)
 
 

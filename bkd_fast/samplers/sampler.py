@@ -96,6 +96,7 @@ class Sampler(torch.optim.Optimizer):
     states: ClassVar[tuple[str, ...]] = ()  # their names in `state`, in the order of the rule
     roundings: ClassVar[tuple[str, ...]] = ("master", "nearest")  # the default first
     momentum: ClassVar[str | None] = None  # which of the states `draw_momentum` draws
+    takes_out_gradient_noise: ClassVar[bool] = False
     noise_in_gradient: ClassVar[bool] = False  # added to what theta descends, so that maximising turns it round
 
     def __init_subclass__(cls) -> None:

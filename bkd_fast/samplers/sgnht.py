@@ -42,6 +42,7 @@ class SGNHT(Sampler):
     states = ("momentum_buffer", "thermostat")
     momentum = "momentum_buffer"
     noise_in_gradient = True
+    takes_out_gradient_noise = True
 
     def __init__(
         self,
