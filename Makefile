@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt
 
-.PHONY: demo test test-all lint bench mutants gpu format clean help
+.PHONY: demo test test-all lint bench bench-peers mutants compat torch-suite gpu format clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,40 @@ bench: $(VENV)/.built  ## every published CPU figure, with its baseline in the s
 mutants: $(VENV)/.built  ## break the samplers in known ways and see each noticed by the test that claims it
 	$(BIN)/python -m tests.mutants
 
+# what other libraries make of the samplers, in an environment of its own: timm needs torchvision, and that the torch it was built for
+COMPAT := .venv-compat
+COMPAT_PIP := $(COMPAT)/bin/python -m pip --quiet --disable-pip-version-check
+$(COMPAT)/.built: $(VENV)/.built
+	@test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT_PIP) install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 accelerate==1.15.0 lightning==2.6.6 \
+		numpy==2.4.6 safetensors==0.8.0 rich==15.0.0 pytest==9.2.0 expecttest==0.3.0 setuptools==84.2.1 wheel pybind11==3.1.0
+	BKD_FAST_SKIP_CMAKE=1 $(COMPAT_PIP) install --no-build-isolation --no-deps -e .
+	$(COMPAT_PIP) download --no-deps --no-binary timm --dest $(COMPAT) timm==1.0.31
+	mkdir -p $(COMPAT)/timm && tar xzf $(COMPAT)/timm-1.0.31.tar.gz -C $(COMPAT)/timm --strip-components=1
+	@touch $@
+
+compat: $(COMPAT)/.built  ## timm's own optimizer tests, accelerate and Lightning around the samplers (downloads 5 GB)
+	BKD_FAST_TIMM_TESTS=$(COMPAT)/timm/tests $(COMPAT)/bin/python -m pytest -o addopts="" tests/compat/compat_*.py
+
+torch-suite: $(VENV)/.built  ## PyTorch's own test_optim.py with the samplers: make torch-suite TORCH_SRC=a checkout of pytorch
+	@test -f "$(TORCH_SRC)/test/test_optim.py" || { echo "TORCH_SRC must name a checkout of pytorch"; exit 1; }
+	$(BIN)/python tests/compat/torch_suite.py "$(TORCH_SRC)"
+
+# other libraries' samplers beside ours, in an environment of its own with the torch of constraints.txt
+PEERS := .venv-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check
+$(PEERS)/.built: $(VENV)/.built
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) install -c constraints.txt torch numpy safetensors rich setuptools wheel pybind11
+	BKD_FAST_SKIP_CMAKE=1 $(PEERS_PIP) install --no-build-isolation --no-deps -e .
+	$(PEERS_PIP) install --no-deps posteriors==0.1.3 torch-sgld==0.1.0 devinterp==2.0.1 torch-uncertainty==0.13.0 blackjax==1.7.1
+	$(PEERS_PIP) install -c constraints.txt jax jaxlib jaxopt optax fastprogress tensordict optree torchopt graphviz
+	@touch $@
+
+bench-peers: $(PEERS)/.built  ## one problem, every peer's SGLD and ours, in one run; --check for what check_sampler says of each
+	$(PEERS)/bin/python -m benchmarks.peers
+	$(PEERS)/bin/python -m benchmarks.peers --check
+
 # a GPU machine has its own torch, Triton and CuPy, and often no network: nothing is fetched
 GPU_PYTHON ?= python3
 gpu:  ## on a machine with a GPU: the kernels against the CPU, then every GPU figure with its baselines
@@ -60,4 +94,4 @@ gpu:  ## on a machine with a GPU: the kernels against the CPU, then every GPU fi
 	$(GPU_PYTHON) -m benchmarks.gpu
 
 clean:  ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info bkd_fast/_native*.so
+	rm -rf $(VENV) $(COMPAT) $(PEERS) build dist *.egg-info bkd_fast/_native*.so

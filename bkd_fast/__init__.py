@@ -5,6 +5,7 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 """
 
 from bkd_fast import noise, ops
+from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.distill import KDLoss
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteError
 from bkd_fast.heads import LinearHeadSampler
@@ -35,10 +36,12 @@ __all__ = [
     "LinearHeadSampler",
     "NonFiniteError",
     "PosteriorPredictive",
+    "SamplerCheck",
     "StackedModule",
     "StepRecord",
     "StepSize",
     "backends",
+    "check_sampler",
     "noise",
     "ops",
     "sample",

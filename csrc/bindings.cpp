@@ -119,10 +119,17 @@ void bind_langevin(py::module_& m) {
                              int threads) {
     std::vector<const void*> pointers;
     for (Address address : data) pointers.push_back(pointer<const void>(address));
-    py::gil_scoped_release release;
-    return bkd::find_nonfinite(pointers, counts, storage_named(dtype), threads);
+    std::vector<bool> found;
+    {
+      py::gil_scoped_release release;
+      found = bkd::find_nonfinite(pointers, counts, storage_named(dtype), threads);
+    }
+    std::vector<size_t> numbers;
+    for (size_t t = 0; t < found.size(); ++t)
+      if (found[t]) numbers.push_back(t);
+    return numbers;
   }, py::arg("data"), py::arg("counts"), py::arg("dtype"), py::kw_only(), py::arg("threads"),
-     "For each tensor: whether it holds a NaN or an infinity.");
+     "The numbers of the tensors that hold a NaN or an infinity.");
 }
 
 // ---- operation B: the KD energy ----

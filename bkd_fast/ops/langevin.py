@@ -153,7 +153,7 @@ def langevin_step_(s: LangevinStep) -> None:
 
 def unchecked_langevin_step_(s: LangevinStep) -> None:
     """Take a step whose caller has seen to everything that is checked (a sampler's layout, on every step)."""
-    if _is_plain(s.theta) and _is_plain(s.gradient):
+    if _is_plain([*s.theta, *s.gradient]):
         find("langevin_step_", s.theta[0].device)(s)
         return
     torch.ops.bkd_fast.langevin_step_(

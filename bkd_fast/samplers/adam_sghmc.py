@@ -57,6 +57,8 @@ class AdamSGHMC(PreconditionedSampler):
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
         super()._check_settings(group, wait)
         for number, beta in enumerate(group["betas"]):
+            if isinstance(beta, Tensor):
+                raise ValueError(f"betas[{number}] = {beta}: must be a number")
             check_number(f"betas[{number}]", beta, 0, 1)
 
     def _numbers(

@@ -122,7 +122,7 @@ class PSGLD(PreconditionedSampler):
         """-(lr T / N) Gamma but for G^2 / sqrt(v), which the step will bring up to date."""
         parameter = group["params"][position]
         decay = group["weight_decay"] or group["prior_precision"] / group["num_data"]
-        center = self.state.get(parameter, {}).get("prior_mean", 0)
+        center = self._centers.get(group["parameter_ids"][position], 0)
         gradient = parameter.grad.detach() + decay * (parameter - center)
         lr, temperature = rates_of(group)
         scale = per_chain((1 - group["alpha"]) * lr * temperature / group["num_data"], gradient)

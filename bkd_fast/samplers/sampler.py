@@ -8,6 +8,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from bkd_fast.errors import NonFiniteError, warn
 from bkd_fast.ops.langevin import DTYPES, LangevinStep, find_nonfinite, is_dense, unchecked_langevin_step_
 from bkd_fast.ops.noise import Tag, check_field, normal_
+from bkd_fast.ops.registry import find
 from bkd_fast.ops.rounding import TABLE_SIZES, noise_table, spacing
 from bkd_fast.samplers.layout import Launch, in_order_of, launches, name_of
 from bkd_fast.samplers.settings import (
@@ -102,11 +104,14 @@ class Sampler(torch.optim.Optimizer):
     def __init_subclass__(cls) -> None:
         """Show in `help` and `inspect.signature` the common settings that `**settings` stands for."""
         super().__init_subclass__()
-        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "settings")]
-        keyword = inspect.Parameter.KEYWORD_ONLY
+        given = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if not any(p.kind == p.VAR_KEYWORD for p in given):
+            return
+        own = [p for p in given if p.kind != p.VAR_KEYWORD]
         common = {"num_data": inspect.Parameter.empty, **DEFAULTS, "rounding": cls.roundings[0]}
+        rest = [name for name in common if name not in {p.name for p in own}]
         cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            own + [inspect.Parameter(name, keyword, default=default) for name, default in common.items()]
+            own + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=common[name]) for name in rest]
         )
 
     def __init__(self, params: Params, lr: float | Tensor, own: dict[str, Any], settings: Settings) -> None:
@@ -116,12 +121,15 @@ class Sampler(torch.optim.Optimizer):
         if "num_data" not in settings:
             raise TypeError(f"{type(self).__name__} needs num_data, the size of the training set")
         self.skipped_steps = 0
-        self._checked: dict[int, list[Any]] = {}
+        self._names: dict[int, itemgetter[Any]] = {}  # what `_checked` holds of a group
+        self._checked: dict[int, tuple[Any, ...]] = {}
         self._steps = 0  # calls of step()
         # flags of what "record" found: (group, device, positions in the group) -> bool (positions,); None for other rules
         self._flags: dict[tuple[int, torch.device, tuple[int, ...]], Tensor | None] = {}
         self._clocks: dict[int, Tensor] = {}  # of capturable groups: the step, int64 () on their device
         self._begun: dict[int, _Begun] = {}  # of groups that step in backward: what the running step has done
+        self._centers: dict[int, Tensor] = {}  # prior means by the parameter's number, which survives its replacement
+        self._loaded: dict[str, Any] | None = None  # the state being loaded, as it was saved
         self._check_order = False
         self._told_coarse = False
         self._next_id = 0
@@ -162,8 +170,8 @@ class Sampler(torch.optim.Optimizer):
         added["parameter_ids"] = list(range(self._next_id, self._next_id + len(added["params"])))
         check_field("parameter", self._next_id + max(len(added["params"]) - 1, 0), "the number of parameters")
         self._next_id += len(added["params"])
-        for parameter, mean in zip(added["params"], means, strict=bool(means)):
-            self.state[parameter]["prior_mean"] = torch.empty_like(parameter).copy_(mean).detach()
+        for number, parameter, mean in zip(added["parameter_ids"], added["params"], means, strict=bool(means)):
+            self._centers[number] = torch.empty_like(parameter).copy_(mean).detach()
         if added["step_in_backward"]:
             self._step_in_backward(added["params"])
         nearest = added["rounding"] == "nearest" and not is_zero(added["temperature"])
@@ -188,6 +196,7 @@ class Sampler(torch.optim.Optimizer):
 
     # ---- the step ----
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # its launches are no graph of operations; tracing would turn lr into a tensor and read it back
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the chain.
@@ -209,8 +218,10 @@ class Sampler(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(index, group, launches(group)) for index, group in enumerate(self.param_groups)]
-        for index, group, _ in work:
+        for index, group, group_launches in work:
             self._check_changes(index, group)
+            for launch in group_launches:
+                find("langevin_step_", launch.theta[0].device)  # or there is no backend, and nothing moves
         capturing = _is_capturing()
         if capturing:
             self._check_capture(work)
@@ -247,6 +258,9 @@ class Sampler(torch.optim.Optimizer):
         """Move the parameters of one launch. At lr = 0 state is born, and nothing moves: checkpointing code calls step() so."""
         states = [self._state_of(group, launch, name, self._start_of(name, group)) for name in self.states]
         if not group["capturable"] and is_zero(group["lr"]):
+            self._masters_of(group, launch)
+            if group["moments"]:
+                self._moments_of(group, launch)
             return
         mean, m2 = self._moments_of(group, launch) if collects else ([], [])
         flags = self._flags_of(index, group, launch)
@@ -345,11 +359,13 @@ class Sampler(torch.optim.Optimizer):
 
     def _check_changes(self, index: int, group: dict[str, Any]) -> None:
         """`_check_settings`, once for the same settings: schedules and users may assign any at any time."""
-        settings = [group[name] for name in group.keys() - NOT_SETTINGS if not isinstance(group[name], Tensor)]
-        tensors = any(isinstance(value, Tensor) for value in group.values())  # whose values change in place
-        if tensors or settings != self._checked.get(index):
+        names = self._names.get(index)
+        if names is None:
+            names = self._names[index] = itemgetter(*(name for name in group if name not in NOT_SETTINGS))
+        settings = names(group)
+        if Tensor in set(map(type, settings)) or settings != self._checked.get(index):  # a tensor changes in place
             self._check_settings(group)
-            self._checked[index] = settings
+            self._checked[index] = () if Tensor in set(map(type, settings)) else settings
         check_field("step", group["step"])  # the one that changes by itself
 
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
@@ -447,7 +463,7 @@ class Sampler(torch.optim.Optimizer):
                 if rule not in ("raise", "skip"):
                     continue
                 found = find_nonfinite(launch.gradient)
-                if bool(found.any()):
+                if True in found.tolist():
                     if rule == "raise":
                         names = [name_of(group, launch.indices[i]) for i in found.nonzero().flatten().tolist()]
                         raise NonFiniteError(
@@ -593,7 +609,7 @@ class Sampler(torch.optim.Optimizer):
             group["moments"] = {"start": start, "every": every, "draws": 0}
             for parameter in group["params"]:
                 for key in ("mean", "m2"):
-                    self.state[parameter].pop(key, None)
+                    self.state.get(parameter, {}).pop(key, None)
 
     def moments(self, parameter: Tensor) -> ParameterMoments:
         """Mean and variance of `parameter` over the draws that `track_moments` counted.
@@ -644,11 +660,12 @@ class Sampler(torch.optim.Optimizer):
         return tensors
 
     def _prior_means_of(self, group: dict[str, Any], launch: Launch) -> list[Tensor]:
-        params = group["params"]
-        if "prior_mean" not in self.state.get(params[launch.indices[0]], ()):  # a group has all of them or none
+        numbers = [group["parameter_ids"][index] for index in launch.indices]
+        if numbers[0] not in self._centers:  # a group has all of them or none
             return []
-        means = (self.state[params[index]]["prior_mean"] for index in launch.indices)
-        return [in_order_of(mean.to(theta.dtype), theta) for mean, theta in zip(means, launch.theta, strict=True)]
+        means = [in_order_of(self._centers[n].to(theta), theta) for n, theta in zip(numbers, launch.theta, strict=True)]
+        self._centers.update(zip(numbers, means, strict=True))
+        return means
 
     # ---- state ----
 
@@ -662,7 +679,14 @@ class Sampler(torch.optim.Optimizer):
         self._read_clocks()
         for group in self.param_groups:
             group["strides"] = [list(parameter.stride()) for parameter in group["params"]]
-        return super().state_dict()
+        saved: dict[str, Any] = super().state_dict()
+        # a prior mean is part of the chain's state, but not of what a step brings into being
+        states = dict(saved["state"])
+        for group in saved["param_groups"]:
+            for key, number in zip(group["params"], group["parameter_ids"], strict=True):
+                if number in self._centers:
+                    states[key] = {**states.get(key, {}), "prior_mean": self._centers[number]}
+        return {**saved, "state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved chain: the next step draws the noise that the saved sampler would have drawn.
@@ -671,11 +695,20 @@ class Sampler(torch.optim.Optimizer):
         has to be captured again.
 
         Raises:
-            ValueError: groups, sizes or names that do not match; nothing was changed.
+            ValueError: the state of another optimizer; groups, sizes or names that do not match; nothing was changed.
         """
-        state_dict = _matched_by_name(state_dict, self.param_groups)
+
+        def match(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._loaded = _matched_by_name(given, self.param_groups)
+            return self._loaded
+
+        hook = self.register_load_state_dict_pre_hook(match)  # after those of others, which may replace the state
         before = [(group["capturable"], group["lr"]) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loaded = None
         for index, (group, (capturable, lr)) in enumerate(zip(self.param_groups, before, strict=True)):
             group["capturable"] = capturable  # of this sampler, not of the chain
             if capturable:
@@ -684,13 +717,6 @@ class Sampler(torch.optim.Optimizer):
                     self._clocks[index].fill_(group["step"])
             elif isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
                 group["lr"] = float(group["lr"])
-        # torch casts floating state to the parameter's dtype: fp32 state of bf16 parameters comes back as it was
-        saved = state_dict["state"]
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, key in zip(group["params"], saved_group["params"], strict=True):
-                for name in ("mean", "m2", "master", *self.states):
-                    if name in saved.get(key, {}):
-                        self.state[parameter][name] = saved[key][name].detach().clone().to(parameter.device)
         self._next_id = 1 + max((i for group in self.param_groups for i in group["parameter_ids"]), default=-1)
         for flags in self._flags.values():
             if flags is not None:
@@ -699,26 +725,39 @@ class Sampler(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._read_clocks()
-        state: dict[str, Any] = super().__getstate__()
-        return state
+        return {**super().__getstate__(), "_centers": self._centers, "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("moments", None)
-            group.setdefault("capturable", False)
-            group.setdefault("rounding", "nearest")  # what samplers did before there was a choice
-            group.setdefault("chains", 1)
-            group.setdefault("step_in_backward", False)
-        self.__dict__.setdefault("skipped_steps", 0)
-        self.__dict__.setdefault("_steps", 0)
-        self.__dict__.setdefault("_checked", {})
-        self.__dict__.setdefault("_flags", {})
-        self.__dict__.setdefault("_clocks", {})
-        self.__dict__.setdefault("_begun", {})
-        self.__dict__.setdefault("_check_order", False)
-        self.__dict__.setdefault("_told_coarse", False)
-        self.__dict__.setdefault("_next_id", sum(len(group["params"]) for group in self.param_groups))
+            # what samplers did before there was a choice
+            for name, default in {**self.defaults, **DEFAULTS, "rounding": "nearest", "moments": None}.items():
+                if name not in ("prior_mean", "differentiable"):  # kept apart; torch's own
+                    group.setdefault(name, default)
+        empty = {
+            "skipped_steps": 0, "_steps": 0, "_names": {}, "_checked": {}, "_flags": {}, "_clocks": {}, "_begun": {},
+            "_centers": {}, "_loaded": None, "_check_order": False, "_told_coarse": False,
+            "_next_id": sum(len(group["params"]) for group in self.param_groups),
+        }  # fmt: skip
+        for name, value in empty.items():
+            self.__dict__.setdefault(name, value)
+        if self._loaded is not None:
+            self._restore(self._loaded)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Float32 state of 16-bit parameters as it was saved: torch has cast it to the parameter's dtype. And the prior means."""
+        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
+            places = zip(group["params"], saved_group["params"], saved_group["parameter_ids"], strict=True)
+            for parameter, key, number in places:
+                tensors = saved["state"].get(key, {})
+                for name in ("mean", "m2", "master", *self.states):
+                    if name in tensors:
+                        self.state[parameter][name] = tensors[name].detach().clone().to(parameter.device)
+                if "prior_mean" in tensors:
+                    self._centers[number] = tensors["prior_mean"].detach().clone().to(parameter)
+                self.state.get(parameter, {}).pop("prior_mean", None)
+                if parameter in self.state and not self.state[parameter]:
+                    del self.state[parameter]
 
     def _warn_of_changed_order(self) -> None:
         """Once after loading: a parameter whose memory format changed draws its noise in another order."""
@@ -778,6 +817,9 @@ def per_chain(value: Tensor, like: Tensor) -> Tensor:
 def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The saved groups with their parameters in the order of ours, where both know names."""
     saved_groups = state_dict["param_groups"]
+    missing = sorted({"parameter_ids", "step", "seed", "chain"} - set.intersection(*map(set, saved_groups)))
+    if missing:
+        raise ValueError(f"the saved state lacks {listed(missing)}: must be a sampler's")
     if len(saved_groups) != len(groups):
         raise ValueError(f"the saved state has {len(saved_groups)} parameter groups: this sampler has {len(groups)}")
     matched = []

@@ -94,5 +94,5 @@ def test_bad_settings(change, message):
 
 
 def test_gamma_of_sixteen_bits_is_refused():
-    with pytest.raises(ValueError, match="gamma = True for a parameter of torch.bfloat16"):
+    with pytest.raises(ValueError, match="gamma = True for a parameter of"):
         bkd.PSGLD([_parameter(torch.zeros(2), torch.bfloat16)], 0.1, num_data=10, gamma=True)

@@ -52,7 +52,7 @@ def langevin_step_(s: LangevinStep) -> None:
 @implements("find_nonfinite", "cpp")
 def find_nonfinite(tensors: list[Tensor]) -> Tensor:
     counts = [tensor.numel() for tensor in tensors]
-    return torch.tensor(
-        native.find_nonfinite(_addresses(tensors), counts, _NAMES[tensors[0].dtype], threads=threads()),
-        dtype=torch.bool,
-    )
+    found = torch.zeros(len(tensors), dtype=torch.bool)
+    for number in native.find_nonfinite(_addresses(tensors), counts, _NAMES[tensors[0].dtype], threads=threads()):
+        found[number] = True
+    return found
