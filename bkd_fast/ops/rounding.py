@@ -13,7 +13,7 @@ s^2 = V - u^2 / 6, to 1e-8.
 What it leaves out: in (1) the point before the noise is on the grid, and the gradient moves it off by some d. For V << u^2
 that raises the variance by the share E d^2 u^2 / (pi V^2), less above, nothing from V = u^2 on. The full gradient of a
 posterior of standard deviation sd makes it u^2 / (4 pi sd^2), 0.5 % at u = sd / 4 (samplers warn where u is larger); minibatch
-noise makes it noise_share u^2 / (pi V) (docs/samplers.md §5). And float32 itself loses noise below V = 1e-5 u^2.
+noise makes it noise_share u^2 / (pi V) (docs/samplers.md §6). And float32 itself loses noise below V = 1e-5 u^2.
 """
 
 import functools

@@ -21,7 +21,7 @@ SETTINGS = {
     "center": (), "mean": (), "m2": (), "nonfinite": None, "lr": 1.0, "decay": 0.0, "sigma": 0.0, "seed": 0, "chain": 0,
     "step": 0, "parameters": [0], "first_elements": [0], "draws": 0,
 }  # fmt: skip
-# V / u^2 of docs/samplers.md §5: from rare jumps between neighbours to noise of many spacings
+# V / u^2 of docs/samplers.md §6: from rare jumps between neighbours to noise of many spacings
 VARIANCES = [0.02, 0.1, 0.18, 0.3, 1.0, 10.0]
 
 
