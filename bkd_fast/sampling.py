@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -16,17 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from bkd_fast.energy import BatchEnergy, BatchNorm, batch_norms, metric_of, noise_share_of, temperature_of
 from bkd_fast.errors import warn
-from bkd_fast.samplers.sampler import Sampler, rates_of
+from bkd_fast.samplers.sampler import Sampler
 from bkd_fast.samplers.settings import is_zero
 from bkd_fast.stacked import StackedModule
 
-Batch: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # x, target, teacher logits
-BatchNorm: TypeAlias = Literal["freeze", "recalibrate", "train"]
 Phase: TypeAlias = Literal["warm_start", "burn_in", "exploration", "sampling"]
 
 HEALTH_BATCHES = 16  # minibatches whose gradients' variance is measured, at one point, when sampling begins
-HEALTH_COORDINATES = 4096  # coordinates per group on which it is measured
 NOISE_SHARE_LIMIT = 0.1
 CHECKED_STEPS = 1000  # steps between looks at the loss's recorded errors, which wait for the device
 RECALIBRATION_BATCHES = 32  # training batches from which batch norm statistics are estimated again
@@ -162,108 +160,6 @@ def sample(
     return loop.draws(warm_start, burn_in, thin, num_draws, progress)
 
 
-class BatchEnergy:
-    """The energies of training batches and their gradients, as a chain meets them.
-
-    Args:
-        student, sampler, loss_fn, loader, teacher, batch_norm: as in `sample`.
-
-    Raises:
-        ValueError: a loss that is no mean, a sampler that holds parameters of others.
-    """
-
-    def __init__(
-        self,
-        student: nn.Module,
-        sampler: Sampler,
-        loss_fn: Callable[..., Tensor],
-        loader: Iterable[Any],
-        teacher: nn.Module | None = None,
-        batch_norm: BatchNorm = "freeze",
-    ) -> None:
-        reduction = getattr(loss_fn, "reduction", "mean")
-        if reduction != "mean":
-            raise ValueError(
-                f"loss_fn.reduction = {reduction!r}: must be 'mean'; num_data scales the mean loss to the data set"
-            )
-        _check_owned(student, sampler)
-        self.chains = _chains_of(student, sampler, batch_norm)
-        self.student, self.sampler, self.loss_fn, self.teacher = student, sampler, loss_fn, teacher
-        self.batch_norm = batch_norm
-        self.device = sampler.param_groups[0]["params"][0].device
-        self.batches = _endless(loader)
-
-    @contextmanager
-    def modes_put_back(self) -> Iterator[None]:
-        """The teacher in eval mode; at the end the modes of both networks are as before."""
-        models = [self.student] if self.teacher is None else [self.student, self.teacher]
-        modes = [(module, module.training) for model in models for module in model.modules()]
-        try:
-            if self.teacher is not None:
-                self.teacher.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    def enter_sampling_mode(self) -> None:
-        self.student.train()
-        if self.batch_norm == "freeze":
-            for module in _batch_norms(self.student):
-                module.eval()
-
-    def unpack(self, batch: Any) -> Batch:
-        """A batch of the loader, on the device."""
-        if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
-            form = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-            raise ValueError(f"train_loader yields a {form}: must yield (x, target) or (x, target, teacher_logits)")
-        moved: list[Any] = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
-        return moved[0], moved[1], moved[2] if len(moved) == 3 else None
-
-    def complete(self, batch: Any) -> Batch:
-        """A batch on the device, with the teacher's logits where it has none."""
-        x, target, teacher_logits = self.unpack(batch)
-        if teacher_logits is None and self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(x)
-        return x, target, teacher_logits
-
-    def backward(self, batch: Any) -> Tensor:
-        """Gradients of the mean energy of one batch, with chains of each one's; returns the energy, their mean."""
-        x, target, teacher_logits = self.complete(batch)
-        self.student.zero_grad(set_to_none=True)
-        energy = self.loss_fn(self.student(x), target, teacher_logits)
-        (energy * self.chains).backward()  # type: ignore[no-untyped-call]
-        return energy.detach()
-
-    def gradient_variance(self, batches: int) -> list[float]:
-        """Variance of the gradient between so many batches at the present parameters: for each group the mean over (a few
-        thousand) coordinates, each times the sampler's metric; NaN for a group without gradients. Leaves no gradients."""
-        groups = self.sampler.param_groups
-        drawn: list[list[Tensor]] = [[] for _ in groups]
-        for _ in range(batches):
-            self.backward(next(self.batches))
-            moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
-            for found, parameters in zip(drawn, moving, strict=True):
-                if parameters:
-                    found.append(_coordinates([p.grad for p in parameters]))
-        variances = []
-        for found, parameters in zip(drawn, moving, strict=True):
-            if found:
-                metric = _coordinates([metric_of(self.sampler, p) for p in parameters])
-                variances.append(float((metric * torch.stack(found).var(dim=0)).mean()))
-            else:
-                variances.append(math.nan)
-        self.student.zero_grad(set_to_none=True)
-        return variances
-
-    def check_loss(self) -> None:
-        """The errors that a loss records on a GPU, where raising at once would wait for the device."""
-        check = getattr(self.loss_fn, "check", None)
-        if check is not None:
-            check()
-
-
 class _Loop:
     """One run of `sample`: the chain's steps."""
 
@@ -351,7 +247,7 @@ class _Loop:
     def recalibrate(self) -> None:
         """Batch norm's running statistics for the parameters as they are now: plain averages over training batches."""
         self.student.eval()
-        norms = list(_batch_norms(self.student))
+        norms = list(batch_norms(self.student))
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -370,7 +266,7 @@ class _Loop:
             return [math.nan] * len(groups)
         variances = self.energy.gradient_variance(HEALTH_BATCHES)
         shares = [
-            math.nan if is_still else noise_share(self.sampler, group, variance)
+            math.nan if is_still else noise_share_of(self.sampler, group, variance)
             for is_still, group, variance in zip(still, groups, variances, strict=True)
         ]
         for index, share in enumerate(shares):
@@ -415,22 +311,6 @@ class _Movement:
     def _squared_norms(self) -> list[float]:
         groups = self.sampler.param_groups
         return [sum(float(p.detach().double().square().sum()) for p in group["params"]) for group in groups]
-
-
-def noise_share(sampler: Sampler, group: dict[str, Any], variance: float) -> float:
-    """`Health.noise_share` of a group whose lr and temperature are positive, from its `BatchEnergy.gradient_variance`."""
-    return sampler.effective_lr(group) * float(group["num_data"]) * variance / (2 * temperature_of(group))
-
-
-def temperature_of(group: dict[str, Any]) -> float:
-    """The temperature of a group, the mean of its chains'."""
-    return float(rates_of(group)[1].mean())
-
-
-def metric_of(sampler: Sampler, parameter: Tensor) -> Tensor:
-    """The sampler's preconditioner at every coordinate of a parameter; without one, a 1 that takes no memory."""
-    metric = sampler.metric(parameter)
-    return torch.ones((), device=parameter.device).expand_as(parameter) if metric is None else metric
 
 
 class _Temperature:
@@ -512,28 +392,6 @@ def _check_schedule(schedule: LRScheduler | None, sampler: Sampler) -> None:
         raise ValueError(f"schedule is one of another {type(schedule.optimizer).__name__}: must be one of sampler")
 
 
-def _check_owned(student: nn.Module, sampler: Sampler) -> None:
-    sampled = {id(p) for group in sampler.param_groups for p in group["params"]}
-    owned = sum(id(parameter) in sampled for parameter in student.parameters())
-    if owned < len(sampled):
-        raise ValueError(
-            f"sampler holds {len(sampled)} parameters, of which {owned} are the student's: must hold only its own"
-        )
-
-
-def _chains_of(student: nn.Module, sampler: Sampler, batch_norm: BatchNorm) -> int:
-    """How many chains move at once; each has a network of its own in a `StackedModule`."""
-    chains = {group["chains"] for group in sampler.param_groups}
-    stacked = student.chains if isinstance(student, StackedModule) else 1
-    if chains != {stacked}:
-        raise ValueError(
-            f"sampler has chains = {sorted(chains)} and student {stacked}: must agree, the student being a StackedModule"
-        )
-    if stacked > 1 and batch_norm == "recalibrate" and any(True for _ in _batch_norms(student)):
-        raise ValueError(f"batch_norm = 'recalibrate' with {stacked} chains: must be 'freeze' or 'train'")
-    return stacked
-
-
 def _names_that_differ(student: nn.Module, sampler: Sampler, batch_norm: BatchNorm) -> tuple[str, ...]:
     """Names of what a snapshot copies: the sampled parameters, and the buffers that move with them."""
     sampled = {id(p) for group in sampler.param_groups for p in group["params"]}
@@ -551,7 +409,7 @@ def _warn_of_other_targets(student: nn.Module, sampler: Sampler, loader: Iterabl
     dropout = [name for name, m in student.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
     if dropout:
         reasons.append(f"dropout ({', '.join(dropout[:3])}) makes the energy random; set its p to 0")
-    if batch_norm != "freeze" and any(True for _ in _batch_norms(student)):
+    if batch_norm != "freeze" and any(True for _ in batch_norms(student)):
         reasons.append(f"batch_norm={batch_norm!r} makes each example's energy depend on its batch; 'freeze' does not")
     dataset = getattr(loader, "dataset", None)
     size = len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
@@ -561,26 +419,3 @@ def _warn_of_other_targets(student: nn.Module, sampler: Sampler, loader: Iterabl
             break
     for reason in reasons:
         warn(f"the sampled posterior is not the stated one: {reason}.")
-
-
-def _coordinates(tensors: list[Tensor]) -> Tensor:
-    """The same few thousand coordinates of a group's tensors at every call, spread evenly."""
-    total = sum(t.numel() for t in tensors)
-    stride = max(1, total // HEALTH_COORDINATES)
-    return torch.cat([t.detach().flatten()[::stride].double() for t in tensors])
-
-
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError(
-                "train_loader is empty (or an iterator that was used up): must yield batches on every pass"
-            )
-
-
-def _batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
-    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats)

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bkd_fast import sampling
+from bkd_fast.energy import Batch, BatchEnergy, metric_of, noise_share_of, temperature_of
 from bkd_fast.errors import NonFiniteError
 from bkd_fast.samplers.sampler import Sampler
 from bkd_fast.samplers.settings import is_zero
-from bkd_fast.sampling import Batch, BatchEnergy, metric_of, temperature_of
 
 LARGEST_STEP = 0.5  # lr' l on the largest curvature l: SGLD's variance is then at most 4/3 of the posterior's
 CURVATURE_BATCHES = 4  # fixed batches over which curvatures are averaged
@@ -162,7 +161,7 @@ def _step_size(sampler: Sampler, noise_share: float, variances: list[float], lar
         lr=lr,
         effective_lr=effective,
         limit="noise_share" if by_noise[slowest] < by_curvature else "curvature",
-        noise_share=[sampling.noise_share(sampler, g, v) for g, v in zip(at_lr, variances, strict=True)],
+        noise_share=[noise_share_of(sampler, g, v) for g, v in zip(at_lr, variances, strict=True)],
         gradient_variance=variances,
         largest_curvature=largest,
         mean_curvature=mean,

@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant("a skipped step uses up noise", SAMPLER, "            self.skipped_steps += 1\n", '            self.skipped_steps += 1\n            self.param_groups[0]["step"] += 1\n', f"{SGLD_TESTS}::test_skip_moves_nothing_and_does_not_use_up_noise"),
     Mutant("the settings are not looked at again", SAMPLER, "            self._check_changes(index, group)\n            for launch in", "            for launch in", f"{SGLD_TESTS}::test_a_setting_broken_later_is_seen_before_anything_moves"),
     Mutant("warm start is noisy", "bkd_fast/sampling.py", "with _Temperature(self.sampler, 0.0):", "with _Temperature(self.sampler, 1.0):", "tests/test_sampling.py::test_warm_start_ends_exactly_where_sgd_ends"),
-    Mutant("noise share without the metric", "bkd_fast/sampling.py", "(metric * torch.stack(found)", "(torch.stack(found)", "tests/test_sampling.py::test_noise_share_weighs_the_variance_by_the_metric"),
+    Mutant("noise share without the metric", "bkd_fast/energy.py", "(metric * torch.stack(found)", "(torch.stack(found)", "tests/test_sampling.py::test_noise_share_weighs_the_variance_by_the_metric"),
     Mutant("curvature without the prior's", "bkd_fast/step_size.py", " + decay * d", "", "tests/test_step_size.py::test_limited_by_the_gradient_noise"),
     Mutant("noise scaled before lr instead of after", ELEMENT, "e.theta = fma(n.sigma, noise, sgld_drift(e.theta, g, n.minus_lr));", "e.theta = sgld_drift(e.theta, fma(n.sigma, noise, g), n.minus_lr);", LAW),
     Mutant("noise 0.5 % too large, in the vector kernel", STEP, "set1((float)-given.lr), set1((float)given.sigma), {}", "set1((float)-given.lr), set1(1.005f * (float)given.sigma), {}", LAW),

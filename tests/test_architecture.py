@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "distill": {"ops"},
     "posterior": {"ops", "collectives"},
     "stacked": set(),
-    "sampling": {"stacked", "samplers", "distill", "posterior", "ops", "collectives"},
-    "step_size": {"sampling", "samplers"},
+    "energy": {"samplers", "stacked"},
+    "sampling": {"energy", "stacked", "samplers", "distill", "posterior", "ops", "collectives"},
+    "step_size": {"energy", "samplers"},
     "checking": set(),
     "heads": {"samplers", "distill", "posterior", "ops"},
 }

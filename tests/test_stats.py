@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import stats
+from scipy.stats import binom, kstwo, multivariate_normal, norm
 
 
 def _alarms(test, seeds):
@@ -45,16 +46,75 @@ def _autoregressive(rng, chains, draws, phi):
     return x
 
 
-def test_ergodic_mean_has_its_rate_under_autocorrelation():
-    # looser sigmas so that alarms are counted: P(|t| > bound at 2 sigma) = 4.6 %, of 300: 14 +- 3.6
-    before, stats.SIGMAS = stats.SIGMAS, 2.0
-    try:
-        alarms = _alarms(
-            lambda rng: stats.assert_ergodic_mean(_autoregressive(rng, 8, 200, 0.9), 0.0, "null"), range(300)
-        )
-    finally:
-        stats.SIGMAS = before
-    assert 1 <= alarms <= 32
+RUNS = 1000
+TWO_SIGMAS = 2 * norm.sf(2.0)  # 4.6 %: looser bounds, so that there are alarms to count
+
+
+def _assert_rate(alarms, rate):
+    """Alarms of 1000 runs, within what a binomial of that rate leaves once in 1e5."""
+    low, high = binom.ppf([5e-6, 1 - 5e-6], RUNS, rate)
+    assert low <= alarms <= high, (
+        f"{alarms} alarms of {RUNS}, expected {RUNS * rate:.0f}, allowed {low:.0f} to {high:.0f}"
+    )
+
+
+@pytest.mark.parametrize(
+    "null",
+    [
+        lambda rng: stats.assert_close_in_standard_errors(3 + 0.1 * rng.standard_normal(), 3.0, 0.1, "null"),
+        lambda rng: stats.assert_mean(3 + 0.5 * rng.standard_normal(50), 3.0, 0.5, "null"),
+        lambda rng: stats.assert_variance(3 + 0.5 * rng.standard_normal(2000), 0.25, "null", mean=3.0),
+        lambda rng: stats.assert_uncorrelated(rng.standard_normal(500), 2 + 3 * rng.standard_normal(500), "null"),
+        lambda rng: stats.assert_ergodic_mean(3 + rng.standard_normal((4, 20)), 3.0, "null"),
+        lambda rng: stats.assert_ergodic_mean(_autoregressive(rng, 8, 200, 0.9), 0.0, "null"),
+    ],
+    ids=["a value", "mean", "variance", "correlation", "ergodic mean", "ergodic mean of correlated draws"],
+)
+def test_alarms_come_at_the_stated_rate(null, monkeypatch):
+    monkeypatch.setattr(stats, "SIGMAS", 2.0)
+    _assert_rate(_alarms(null, range(RUNS)), TWO_SIGMAS)
+
+
+def test_standard_normals_alarm_at_the_rate_of_their_parts(monkeypatch):
+    """Moments 1 and 3 have correlation 3 / sqrt(15), 2 and 4 have 12 / sqrt(2 * 96), odd and even ones none.
+
+    Skewness of the fourth moment at n = 5000 is 1.5 % of the count: seen neither here nor at 5 standard errors.
+    """
+    passing = 1.0
+    for correlation in (3 / 15**0.5, 12 / 192**0.5):
+        pair = multivariate_normal(cov=[[1, correlation], [correlation, 1]])
+        passing *= pair.cdf([2, 2], lower_limit=[-2, -2])
+    monkeypatch.setattr(stats, "SIGMAS", 2.0)
+    monkeypatch.setattr(stats, "KOLMOGOROV", np.inf)
+    _assert_rate(
+        _alarms(lambda rng: stats.assert_standard_normal(rng.standard_normal(5000), "null"), range(RUNS)), 1 - passing
+    )
+
+
+def test_kolmogorov_distances_alarm_at_their_rate(monkeypatch):
+    monkeypatch.setattr(stats, "SIGMAS", np.inf)
+    monkeypatch.setattr(stats, "KOLMOGOROV", 1.3)
+    rate = kstwo.sf(1.3 / 1000**0.5, 1000)  # 6.6 %
+    _assert_rate(
+        _alarms(lambda rng: stats.assert_standard_normal(rng.standard_normal(1000), "null"), range(RUNS)), rate
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rng, x, y: stats.assert_mean(x + 0.01, 0.0, 1.0, "wrong"),
+        lambda rng, x, y: stats.assert_variance(1.005 * x, 1.0, "wrong"),
+        lambda rng, x, y: stats.assert_uncorrelated(x, y + 0.01 * x, "wrong"),
+        lambda rng, x, y: stats.assert_ergodic_mean(_autoregressive(rng, 16, 5000, 0.9) + 0.2, 0.0, "wrong"),
+    ],
+    ids=["mean", "variance", "correlation", "ergodic mean"],
+)
+def test_what_is_wrong_by_ten_standard_errors_is_seen(wrong):
+    """Or by five and a few more: none of these passes once in 1e4."""
+    rng = np.random.default_rng(3)
+    with pytest.raises(AssertionError):
+        wrong(rng, rng.standard_normal(2_000_000), rng.standard_normal(2_000_000))
 
 
 def test_effective_size_of_an_autoregression():

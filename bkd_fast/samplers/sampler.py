@@ -35,7 +35,15 @@ from bkd_fast.samplers.settings import (
 CHECK_EVERY = 1000  # steps between calls of check()
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
 COARSE_SHARE = 0.01  # of the elements, that may be spaced by more than a quarter of it
-NOT_SETTINGS = {"params", "param_names", "parameter_ids", "strides", "step", "prior_mean"}  # keys of a group
+NOT_SETTINGS = {
+    "params",
+    "param_names",
+    "parameter_ids",
+    "strides",
+    "step",
+    "prior_mean",
+    "thermostat",
+}  # keys of a group
 
 _live: "weakref.WeakSet[Sampler]" = weakref.WeakSet()
 
@@ -238,6 +246,7 @@ class Sampler(torch.optim.Optimizer):
             collects = self._begin(index, group) if begun is None else begun.collects
             for launch in group_launches:
                 self._move(index, group, launch, collects)
+            self._finish(group)
             if group["capturable"]:
                 self._clocks[index] += (group["lr"] != 0).any()  # where lr is 0 nothing moves and no noise is used up
             elif not is_zero(group["lr"]):
@@ -256,7 +265,7 @@ class Sampler(torch.optim.Optimizer):
 
     def _move(self, index: int, group: dict[str, Any], launch: Launch, collects: bool) -> None:
         """Move the parameters of one launch. At lr = 0 state is born, and nothing moves: checkpointing code calls step() so."""
-        states = [self._state_of(group, launch, name, self._start_of(name, group)) for name in self.states]
+        states = [self._state_of(group, launch, name, self._start_of(name, group)) for name in self._states_of(group)]
         if not group["capturable"] and is_zero(group["lr"]):
             self._masters_of(group, launch)
             if group["moments"]:
@@ -298,9 +307,7 @@ class Sampler(torch.optim.Optimizer):
         sign = -1.0 if group["maximize"] else 1.0
         noise_sign = sign if self.noise_in_gradient else 1.0
         scalars = None
-        if clock is None and not any(
-            isinstance(group[name], Tensor) and group[name].dim() for name in ("lr", "temperature")
-        ):
+        if clock is None and not self._numbers_are_tensors(group):
             lr, temperature = float(group["lr"]), float(group["temperature"])
             lr, sigma, *own = self._numbers(group, lr, temperature, float(group["num_data"]), group["step"], math)
             table = self._noise_table_of(group, launch, sigma, cold)
@@ -340,6 +347,16 @@ class Sampler(torch.optim.Optimizer):
 
     def _rule_of(self, group: dict[str, Any]) -> str:
         return self.rule
+
+    def _states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.states
+
+    def _numbers_are_tensors(self, group: dict[str, Any]) -> bool:
+        """Whether a step's numbers are each chain's own, or live on the device."""
+        return any(isinstance(group[name], Tensor) and group[name].dim() for name in ("lr", "temperature"))
+
+    def _finish(self, group: dict[str, Any]) -> None:
+        """What comes once for a group in a step that moved it, after its last launch."""
 
     def _scalars(
         self, group: dict[str, Any], theta: Tensor, sign: float, noise_sign: float, decay: float, clock: Tensor | None

@@ -10,6 +10,8 @@ from torch import Tensor
 from bkd_fast.samplers.sampler import Sampler, rates_of, real_of
 from bkd_fast.samplers.settings import Params, Settings, check_number, is_zero
 
+CHUNK = 4096  # elements whose squares one thread adds up
+
 
 class SGNHT(Sampler):
     r"""Stochastic gradient Nose-Hoover thermostats (Ding et al., NIPS 2014), one for every element (Gan et al., ICML 2015).
@@ -29,9 +31,14 @@ class SGNHT(Sampler):
     28 bytes per float32 parameter: theta, b and mu read and written, the gradient read. Thermostats need some
     (1 - mu0) / k steps of burn-in.
 
+    With `per_element=False` each chain has one mu, as in Ding et al., which follows the mean of b^2 over the whole group:
+    20 bytes, and another pass to add the squares up (in a fixed order, whatever the number of threads). It tells apart no
+    parameters whose gradients are noisier than others'; elements of their own do.
+
     Args:
         momentum: mu0 in [0, 1): where mu begins, and the noise that is injected.
         rate: k > 0; None: (1 - mu0)^2 / 16, thermostats that fluctuate by a quarter of the friction.
+        per_element: whether every element has a thermostat, or each chain one for a whole group.
         params, lr, settings: as every sampler has them: `Sampler`.
 
     Raises:
@@ -51,9 +58,20 @@ class SGNHT(Sampler):
         *,
         momentum: float = 0.9,
         rate: float | None = None,
+        per_element: bool = True,
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(params, lr, {"momentum": momentum, "rate": rate}, settings)
+        own = {"momentum": momentum, "rate": rate, "per_element": per_element, "thermostat": None}
+        super().__init__(params, lr, own, settings)
+
+    def _rule_of(self, group: dict[str, Any]) -> str:
+        return "sgnht" if group["per_element"] else "sghmc"
+
+    def _states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.states if group["per_element"] else self.states[:1]
+
+    def _numbers_are_tensors(self, group: dict[str, Any]) -> bool:
+        return not group["per_element"] or super()._numbers_are_tensors(group)
 
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
         super()._check_settings(group, wait)
@@ -66,10 +84,34 @@ class SGNHT(Sampler):
     ) -> tuple[Any, ...]:
         friction = 1 - group["momentum"]
         sigma = m.sqrt(2 * friction * temperature / (lr * num_data))
+        if not group["per_element"]:
+            return lr, sigma, self._thermostat_of(group), 1.0
         if is_zero(group["temperature"]):
             return lr, sigma, 0.0, 0.0
-        rate = friction**2 / 16 if group["rate"] is None else group["rate"]
+        rate = _rate_of(group)
         return lr, sigma, -rate * lr * num_data / (2 * temperature), rate
+
+    def _thermostat_of(self, group: dict[str, Any]) -> Tensor:
+        """Each chain's mu, float64 (chains,) on the device of the group's first parameter."""
+        device = group["params"][0].device
+        if group["thermostat"] is None:
+            group["thermostat"] = torch.full((group["chains"],), group["momentum"], dtype=torch.float64, device=device)
+        thermostat: Tensor = group["thermostat"].to(device)
+        return thermostat
+
+    def _finish(self, group: dict[str, Any]) -> None:
+        if group["per_element"] or is_zero(group["lr"]) or is_zero(group["temperature"]):
+            return
+        mu = self._thermostat_of(group)
+        buffers = [
+            self.state[p]["momentum_buffer"] for p in group["params"] if "momentum_buffer" in self.state.get(p, {})
+        ]
+        if buffers:
+            squares = torch.stack([_sum_of_squares(b, group["chains"]).to(mu) for b in buffers]).sum(0)
+            mean = squares / (sum(b.numel() for b in buffers) // group["chains"])
+            lr, temperature = (rate.to(mu) for rate in rates_of(group))
+            excess = lr * group["num_data"] * (1 + mu) * mean / (2 * temperature) - 1
+            group["thermostat"] = mu - _rate_of(group) * excess  # a new one: saved states keep the old
 
     def _start_of(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         if name != "thermostat":
@@ -82,3 +124,15 @@ class SGNHT(Sampler):
     def _momentum_deviation(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
         lr, temperature = rates_of(group)
         return torch.sqrt(2 / (1 + group["momentum"]) * temperature / (lr * group["num_data"]))
+
+
+def _rate_of(group: dict[str, Any]) -> float:
+    return (1 - group["momentum"]) ** 2 / 16 if group["rate"] is None else float(group["rate"])
+
+
+def _sum_of_squares(tensor: Tensor, chains: int) -> Tensor:
+    """Of each chain, float64 (chains,): chunk by chunk, so that the number of threads does not change the order."""
+    flat = tensor.reshape(chains, -1)
+    whole = flat.shape[1] // CHUNK * CHUNK
+    chunks = flat[:, :whole].reshape(chains, -1, CHUNK).double().square().sum(-1)
+    return chunks.sum(-1) + flat[:, whole:].double().square().sum(-1)

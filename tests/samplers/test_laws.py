@@ -331,3 +331,46 @@ def test_drawn_momenta_have_their_stationary_law(name):
 def test_docstrings_state_the_bytes_that_the_kernel_moves(name):
     sampler_class, _ = SAMPLERS[name]
     assert f"{bytes_per_parameter(sampler_class.rule)} bytes per float32 parameter" in sampler_class.__doc__
+
+
+def test_one_thermostat_for_a_group_takes_the_minibatch_noise_out_too():
+    """Its mean kinetic temperature, and the variance of theta, over coordinates that are alike."""
+    size, case = 200_000, Target(0.5, 10, 0.02, temperature=0.7, gradient_noise=math.sqrt(0.77))
+    parameter = _parameter(torch.zeros(size))
+    settings = {"num_data": 10, "temperature": case.temperature, "rate": 1e-3, "per_element": False, "seed": 4}
+    sampler = bkd.SGNHT([parameter], case.lr, **settings)
+    _run(sampler, [parameter], [case], 1200)
+    assert set(sampler.state[parameter]) == {"momentum_buffer"}
+    before = sampler.param_groups[0]["thermostat"].item()
+    _run(sampler, [parameter], [case], 1)
+    b = sampler.state[parameter]["momentum_buffer"].double()
+    kinetic = case.lr * 10 * (1 + before) * b**2 / 2
+    stats.assert_mean(kinetic, case.temperature, float(kinetic.std()), "kinetic temperature")
+    # what minibatch noise adds to the temperature, the friction takes: (1 - mu) = (1 - mu0) (1 + noise_share)
+    share = case.lr * 10 * case.gradient_noise**2 / (2 * 0.1 * case.temperature)
+    assert 1 - before == pytest.approx(0.1 * (1 + share), rel=0.02)
+    stats.assert_variance(parameter.detach(), case.temperature / (10 * case.total), "theta")
+
+
+def test_a_thermostat_of_a_group_does_not_depend_on_threads_and_survives_saving():
+    """Bit for bit: chains, another number of threads, and a state that was saved half-way."""
+    results = []
+    for threads, saved in ((1, False), (2, False), (1, True)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        params = [_parameter(torch.randn(2, 70_001, generator=torch.Generator().manual_seed(i))) for i in range(2)]
+        settings = {"num_data": 10, "per_element": False, "chains": 2, "seed": 3}
+        sampler = bkd.SGNHT(params, 0.02, **settings)
+        for step in range(6):
+            if saved and step == 3:
+                state = sampler.state_dict()
+                sampler = bkd.SGNHT(params, 0.02, **settings)
+                sampler.load_state_dict(state)
+            for parameter in params:
+                parameter.grad = parameter.detach().clone()
+            sampler.step()
+        torch.set_num_threads(before)
+        results.append([*params, sampler.param_groups[0]["thermostat"]])
+    assert results[0][-1][0] != results[0][-1][1]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
