@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import bkd_fast as bkd
 from benchmarks.gpu.timing import Case, Run, graphed
 from benchmarks.shapes import resnet50
+from bkd_fast.ops.rules import bytes_per_parameter
 
 NUM_DATA, LR = 1_281_167, 1e-3
 STRENGTH, TEMPERATURE = 5.0, 2.0
@@ -85,6 +86,41 @@ def langevin(device: torch.device, small: bool) -> Iterator[Case]:
         yield Case("Langevin step", name, "parameter", total, 3 * total * dtype.itemsize, contenders)
 
 
+def samplers(device: torch.device, small: bool) -> Iterator[Case]:
+    """The rest of the family on ResNet-50, beside what torch has in their place, and 64 chains of a small network."""
+    shapes = resnet50()[: 12 if small else None]
+    sgd = {"fused": True} if device.type == "cuda" else {"foreach": True}
+    family = {
+        "SGHMC": (bkd.SGHMC, {}, lambda p: torch.optim.SGD(p, LR, momentum=0.9, **sgd)),
+        "AdamSGHMC": (bkd.AdamSGHMC, {}, lambda p: torch.optim.Adam(p, LR, fused=True)),
+        "PSGLD": (bkd.PSGLD, {}, lambda p: torch.optim.RMSprop(p, LR, foreach=True)),
+        "SGNHT": (bkd.SGNHT, {}, lambda p: torch.optim.SGD(p, LR, momentum=0.9, **sgd)),
+        "BAOAB": (bkd.BAOAB, {"friction": 1000.0}, lambda p: torch.optim.SGD(p, LR, momentum=0.9, **sgd)),
+    }
+    settings = {"lr": LR, "num_data": NUM_DATA, "prior_precision": 1.0, "nonfinite": "propagate"}
+    for name, (sampler_class, own, theirs) in family.items():
+        parameters = _parameters(shapes, torch.float32, device)
+        total = sum(parameter.numel() for parameter in parameters)
+        contenders: dict[str, Run] = {}
+        for chain, backend in enumerate(backends_of(device)):
+            sampler = sampler_class(parameters, chain=chain, **settings, **own)
+            contenders[f"{name}, {backend}"] = _on(backend, sampler)
+        contenders["torch's in its place"] = _optimizer(theirs(parameters))
+        moved = bytes_per_parameter(sampler_class.rule) * total
+        yield Case("samplers", f"{name}, ResNet-50, fp32", "parameter", total, moved, contenders)
+    chains, layers = 64, [(20, 32), (32,), (32, 32), (32,), (32, 5), (5,)]
+    stacked = _parameters([(chains, *shape) for shape in layers], torch.float32, device)
+    alone = [_parameters(layers, torch.float32, device) for _ in range(chains)]
+    total = sum(parameter.numel() for parameter in stacked)
+    contenders = {}
+    for number, backend in enumerate(backends_of(device), start=1):
+        together = bkd.SGLD(stacked, chains=chains, chain=1000 * number, **settings)
+        contenders[f"64 chains, {backend}"] = _on(backend, together)
+    each = [bkd.SGLD(p, chain=500 + k, **settings) for k, p in enumerate(alone)]
+    contenders["64 samplers"] = lambda _: [sampler.step() for sampler in each]
+    yield Case("samplers", "64 chains of a small network", "parameter", total, 12 * total, contenders)
+
+
 def _sampler(parameters: list[nn.Parameter], chain: int, capturable: bool = False) -> bkd.SGLD:
     return bkd.SGLD(
         parameters,
@@ -98,8 +134,10 @@ def _sampler(parameters: list[nn.Parameter], chain: int, capturable: bool = Fals
 
 
 def _step_on(backend: str, parameters: list[nn.Parameter], chain: int) -> Run:
-    sampler = _sampler(parameters, chain)
+    return _on(backend, _sampler(parameters, chain))
 
+
+def _on(backend: str, sampler: torch.optim.Optimizer) -> Run:
     def step(_: int) -> None:
         with bkd.use_backend(backend):
             sampler.step()
@@ -294,6 +332,7 @@ def training_step(device: torch.device, small: bool) -> Iterator[Case]:
 
 SUITES = {
     "langevin": langevin,
+    "samplers": samplers,
     "kd": kd_energy,
     "predictive": predictive,
     "head": head,
