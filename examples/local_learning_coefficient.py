@@ -15,7 +15,6 @@ Where devinterp 2.0.1 is installed, its chains then run with its SGLD and with o
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,10 +67,8 @@ def narrow(inputs: int, outputs: int) -> Problem:
 
 def expected_of_narrow(x: Tensor, y: Tensor, u0: Tensor, v0: Tensor) -> float:
     """lambda-hat by quadrature over the first layer u; given u, the second layer v is Gaussian and integrated exactly."""
-    points = 4000 if len(u0) == 1 else 800
-    axis = torch.linspace(-9, 9, points, dtype=torch.float64) / math.sqrt(
-        GAMMA
-    )  # in standard deviations of the localisation
+    points = 4000 if len(u0) == 1 else 800  # an axis, over 9 standard deviations of the localisation to either side
+    axis = torch.linspace(-9, 9, points, dtype=torch.float64) / math.sqrt(GAMMA)
     u = u0 + torch.cartesian_prod(*[axis] * len(u0)).view(-1, len(u0))
     curvature = ((u @ (x.T @ x / len(x))) * u).sum(-1)  # of L_n in each v
     pull = u @ (x.T @ y / len(x))
@@ -146,9 +143,9 @@ def sgld_for_devinterp(
         if value:
             raise ValueError(f"{name} = {value!r}: must be left out, bkd_fast.SGLD has none")
     precision = localization + weight_decay
-    share = localization / precision if precision else 0.0  # the product of both Gaussians is centred at share times w*
     groups = [{"params": group["params"]} for group in params]
-    if share:
+    if localization:
+        share = localization / precision  # the product of both Gaussians is centred at share times w*
         groups = [{**group, "prior_mean": [share * group["params"].detach()]} for group in groups]
     return bkd.SGLD(
         groups,
@@ -182,7 +179,7 @@ def by_devinterp(problem: Problem, sampling_method: Any, *, lr: float, chains: i
             problem.network,
             rows,
             evaluate,
-            {name: None for name, _ in problem.network.named_parameters()},
+            {name: None for name, _ in problem.network.named_parameters()},  # no masks
             num_draws=draws,
             num_burnin_steps=burn_in,
             sampling_method=sampling_method,
@@ -202,7 +199,7 @@ def with_error(values: Tensor) -> str:
 
 
 def main(h: float = 2e-4, chains: int = 256, burn_in: int = 3000, draws: int = 3000) -> list[tuple[Problem, Tensor]]:
-    """Print, and return, what each problem gives. `h`: the step on n beta L_n; what it adds is about h n beta / 2."""
+    """Print, and return, what each problem gives. `h`: the step on n beta L_n, which adds a share of h (n beta + gamma) / 2."""
     print(f"n = {NUM_DATA}, n beta = {NBETA:.1f}, gamma = {GAMMA:g}, {chains} chains of {draws} draws")
     print(f"{'':34} {'d / 2':>6} {'limit':>6} {'expected':>9}   measured")
     results = []
@@ -221,7 +218,6 @@ def main(h: float = 2e-4, chains: int = 256, burn_in: int = 3000, draws: int = 3
 
 def main_devinterp(h: float = 2e-4, chains: int = 8, burn_in: int = 2000, draws: int = 4000) -> list[Tensor]:
     """Print, and return, what devinterp's chains give with its SGLD and with ours."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar for each chain
     from devinterp.optim import SGMCMC
 
     problem = narrow(2, 4)
