@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
+#include <stdexcept>
 
 #include "cpu/dispatch.h"
 #include "cpu/kd.h"
@@ -65,17 +67,22 @@ static bkd::Storage storage_named(const std::string& name) {
   return bkd::Storage::float32;
 }
 
+constexpr std::pair<const char*, bkd::Rule> kRules[] = {
+    {"sgld", bkd::Rule::sgld}, {"sghmc", bkd::Rule::sghmc}, {"nesterov", bkd::Rule::nesterov}, {"rmsprop", bkd::Rule::rmsprop},
+    {"adam", bkd::Rule::adam}, {"sgnht", bkd::Rule::sgnht}, {"baoab", bkd::Rule::baoab}};
+
 static bkd::Rule rule_named(const std::string& name) {
-  if (name == "sghmc") return bkd::Rule::sghmc;
-  if (name == "nesterov") return bkd::Rule::nesterov;
-  if (name == "rmsprop") return bkd::Rule::rmsprop;
-  if (name == "adam") return bkd::Rule::adam;
-  if (name == "sgnht") return bkd::Rule::sgnht;
-  if (name == "baoab") return bkd::Rule::baoab;
-  return bkd::Rule::sgld;
+  for (const auto& [known, rule] : kRules)
+    if (name == known) return rule;
+  throw std::invalid_argument("rule = '" + name + "' is unknown");
 }
 
 void bind_langevin(py::module_& m) {
+  m.def("rules", [] {
+    std::map<std::string, std::pair<int, int>> rules;
+    for (const auto& [name, rule] : kRules) rules[name] = {bkd::states_of(rule), bkd::own_numbers_of(rule)};
+    return rules;
+  }, "The rules of csrc/rules.h: how many arrays of state and numbers of its own each has.");
   m.def("langevin_step", [](const std::string& rule, const std::vector<Address>& theta, const std::vector<Address>& gradient,
                             const std::vector<Address>& center, const std::vector<Address>& mean,
                             const std::vector<Address>& m2, const std::vector<Address>& master,

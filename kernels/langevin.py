@@ -56,7 +56,7 @@ def tile(dtype: torch.dtype, moments: bool = False, states: int = 0) -> tuple[in
 
 def registers(dtype: torch.dtype, moments: bool, rule: str) -> int:
     """Registers of a thread, at most."""
-    return REGISTERS[dtype] + 32 * (rule in ROOTS) + 24 * (rule != "sgld" and moments)
+    return REGISTERS[dtype] + 32 * (rule in ROOTS) + 40 * (rule != "sgld" and moments)
 
 
 def _real(dtype: torch.dtype) -> tl.dtype:

@@ -230,6 +230,7 @@ class Sampler(torch.optim.Optimizer):
             self._check_changes(index, group)
             for launch in group_launches:
                 find("langevin_step_", launch.theta[0].device)  # or there is no backend, and nothing moves
+                self._check_fit(group, launch)
         capturing = _is_capturing()
         if capturing:
             self._check_capture(work)
@@ -385,6 +386,18 @@ class Sampler(torch.optim.Optimizer):
             self._checked[index] = () if Tensor in set(map(type, settings)) else settings
         check_field("step", group["step"])  # the one that changes by itself
 
+    def _check_fit(self, group: dict[str, Any], launch: Launch) -> None:
+        """Raise where a parameter is not what its state was made for: kernels trust shapes and devices."""
+        for index in launch.indices:
+            parameter, number = group["params"][index], group["parameter_ids"][index]
+            kept = {**self.state.get(parameter, {}), "prior mean": self._centers.get(number, parameter)}
+            for name, tensor in kept.items():
+                if tensor.shape != parameter.shape or (tensor.device != parameter.device and name != "prior mean"):
+                    raise ValueError(
+                        f"{name_of(group, index)} has shape {tuple(parameter.shape)} on {parameter.device} and its {name} "
+                        f"{tuple(tensor.shape)} on {tensor.device}: a parameter must keep its shape and device"
+                    )
+
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
         """Raise for a setting that is not allowed; a subclass adds its own."""
         check_settings({"step": 0, "moments": None, **group}, wait)
@@ -420,6 +433,9 @@ class Sampler(torch.optim.Optimizer):
         group_launches = launches(group, [position])
         if begun is None:
             self._check_changes(index, group)
+        for launch in group_launches:
+            self._check_fit(group, launch)
+        if begun is None:
             begun = self._begun[index] = _Begun(self._begin(index, group), set())
         begun.positions.add(position)
         for launch in group_launches:

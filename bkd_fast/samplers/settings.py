@@ -21,7 +21,7 @@ NONFINITE_RULES = ("raise", "skip", "record", "propagate")
 class Settings(TypedDict, total=False):
     """Keyword arguments of every sampler, and keys of its parameter groups; `Sampler` documents them."""
 
-    num_data: Required[int]
+    num_data: Required[float]
     temperature: float | Tensor
     prior_precision: float
     prior_mean: PriorMean | None

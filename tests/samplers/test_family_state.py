@@ -118,3 +118,18 @@ def test_masters_hold_the_chain_of_float32(name, dtype):
         other.step()
     for a, b in zip(narrow, wide, strict=True):
         assert torch.equal(sampler.state[a]["master"], b) and torch.equal(a, b.to(dtype))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_parameter_that_changes_its_shape_is_refused_before_anything_moves(name):
+    """Its state, or its prior's mean, is of the old one."""
+    params, sampler = _make(name, torch.float32)
+    _train(sampler, params, [0])
+    with torch.no_grad():
+        params[2].set_(torch.zeros(2, 3))
+    for parameter in params:
+        parameter.grad = torch.zeros_like(parameter)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match=r"parameter 'p2' has shape \(2, 3\).*must keep its shape"):
+        sampler.step()
+    assert torch.equal(params[0], before) and sampler.param_groups[0]["step"] == 1

@@ -268,11 +268,12 @@ def test_double_well(name):
 # ---- the noise ----
 
 
+@pytest.mark.parametrize("size", [500_000, pytest.param(5_000_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_step_law(name):
-    """The noise of one step from rest, standardised: a million coordinates in two tensors, and the step after."""
+def test_one_step_law(name, size):
+    """The noise of one step from rest, standardised: a million coordinates in two tensors (ten, in the long version)."""
     sampler_class, settings = SAMPLERS[name]
-    size, lr, n, T = 500_000, 0.02, 10, 0.5
+    lr, n, T = 0.02, 10, 0.5
     runs = {}
     for temperature in (T, 0.0):
         parameters = [_parameter(torch.zeros(size)) for _ in range(2)]
