@@ -26,6 +26,7 @@ from bkd_fast.samplers.settings import (
     Params,
     Settings,
     check_settings,
+    is_cold,
     is_zero,
     listed,
     prior_means,
@@ -182,7 +183,7 @@ class Sampler(torch.optim.Optimizer):
             self._centers[number] = torch.empty_like(parameter).copy_(mean).detach()
         if added["step_in_backward"]:
             self._step_in_backward(added["params"])
-        nearest = added["rounding"] == "nearest" and not is_zero(added["temperature"])
+        nearest = added["rounding"] == "nearest" and not is_cold(added)
         if nearest and any(parameter.dtype in TABLE_SIZES for parameter in added["params"]):
             warn(
                 'rounding="nearest" rounds away most of the Langevin noise of 16-bit parameters (their spacing near 0.05 is '
@@ -204,7 +205,8 @@ class Sampler(torch.optim.Optimizer):
 
     # ---- the step ----
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # its launches are no graph of operations; tracing would turn lr into a tensor and read it back
+    # its launches are no graph of operations, and tracing would turn lr into a tensor and read it back
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the chain.
@@ -302,7 +304,7 @@ class Sampler(torch.optim.Optimizer):
         clock: Tensor | None,
     ) -> None:
         """Take the step of one launch; `clock` holds the step of a capturable group, whose `lr` is a tensor on its device."""
-        cold = is_zero(group["temperature"])
+        cold = is_cold(group)
         decay = group["weight_decay"] or group["prior_precision"] / group["num_data"]
         # negating lr and decay rounds exactly as negating the gradient; what the noise is added to is then negative too
         sign = -1.0 if group["maximize"] else 1.0
@@ -555,7 +557,7 @@ class Sampler(torch.optim.Optimizer):
         """Once: parameters whose spacing is above a quarter of the posterior's standard deviation, where moments tell it."""
         for group in self.param_groups:
             draws = group["moments"]["draws"] if group["moments"] else 0
-            random = group["rounding"] == "stochastic" and not is_zero(group["temperature"])
+            random = group["rounding"] == "stochastic" and not is_cold(group)
             if self._told_coarse or not random or draws < COARSE_DRAWS:
                 continue
             coarse: Tensor | int = 0
@@ -821,7 +823,7 @@ def _is_capturing() -> bool:
 def _share_noise(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two groups of different samplers have chains in common, and noise."""
     apart = a["chain"] >= b["chain"] + b["chains"] or b["chain"] >= a["chain"] + a["chains"]
-    return a["seed"] == b["seed"] and not apart and not is_zero(a["temperature"]) and not is_zero(b["temperature"])
+    return a["seed"] == b["seed"] and not apart and not is_cold(a) and not is_cold(b)
 
 
 def real_of(theta: Tensor) -> torch.dtype:
@@ -832,7 +834,7 @@ def real_of(theta: Tensor) -> torch.dtype:
 def _on(device: torch.device, value: float | Tensor) -> Tensor:
     """A number in float64 on a device, by a fill rather than a copy: a CUDA graph may hold it."""
     if isinstance(value, Tensor):
-        return value.to(device, torch.float64)
+        return value.to(device, torch.float64, non_blocking=True)
     return torch.full((), value, dtype=torch.float64, device=device)
 
 

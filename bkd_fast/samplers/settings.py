@@ -56,6 +56,14 @@ def is_zero(value: float | Tensor) -> bool:
     return not bool(value.any()) if isinstance(value, Tensor) else value == 0
 
 
+def is_cold(group: dict[str, Any]) -> bool:
+    """Whether a step has no noise, as far as the host knows: temperatures on a GPU are not read for it."""
+    temperature = group["temperature"]
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return False
+    return is_zero(temperature)
+
+
 def check_settings(group: dict[str, Any], wait: bool = False) -> None:
     """Raise ValueError or TypeError for a setting of a parameter group that no sampler allows.
 
@@ -160,12 +168,14 @@ def prior_means(prior_mean: PriorMean | None, group: dict[str, Any]) -> list[Ten
 
 
 def put_lr_on_device(group: dict[str, Any]) -> None:
-    """Make the learning rate a tensor beside the first parameter, float64 so that it is the number; one that is there stays."""
+    """Make the learning rate a tensor beside the first parameter, float64 so that it is the number; one that is there stays.
+    Each chain's temperatures go there too."""
     lr, device = group["lr"], group["params"][0].device
     if not isinstance(lr, Tensor):
         group["lr"] = torch.full((), float(lr), dtype=torch.float64, device=device)
-    elif lr.device != device:
-        group["lr"] = lr.to(device, torch.float64)
+    for name in ("lr", "temperature"):
+        if isinstance(group[name], Tensor) and group[name].device != device:
+            group[name] = group[name].to(device, torch.float64)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bkd_fast.samplers.layout import Launch
 from bkd_fast.samplers.sampler import Sampler, rates_of
-from bkd_fast.samplers.settings import Params, Settings, check_number, is_zero
+from bkd_fast.samplers.settings import Params, Settings, check_number, is_cold
 
 
 class SGHMC(Sampler):
@@ -64,7 +64,7 @@ class SGHMC(Sampler):
         super()._check_settings(group, wait)
         check_number("momentum", group["momentum"], 0, 1)
         check_number("dampening", group["dampening"], 0, 1)
-        if group["nesterov"] and not is_zero(group["temperature"]):
+        if group["nesterov"] and not is_cold(group):
             raise ValueError(
                 f"nesterov = True with temperature = {group['temperature']}: must be at temperature 0, no noise makes it sample"
             )
@@ -84,7 +84,7 @@ class SGHMC(Sampler):
         return lr, m.sqrt(2 * (1 - mu) * share * temperature / (lr * num_data)), mu, share
 
     def _move(self, index: int, group: dict[str, Any], launch: Launch, collects: bool) -> None:
-        dampened = group["dampening"] > 0 and is_zero(group["temperature"])
+        dampened = group["dampening"] > 0 and is_cold(group)
         born = [i for i in launch.indices if self.states[0] not in self.state[group["params"][i]]]
         if not (dampened and born):
             super()._move(index, group, launch, collects)

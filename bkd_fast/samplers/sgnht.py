@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.samplers.sampler import Sampler, rates_of, real_of
-from bkd_fast.samplers.settings import Params, Settings, check_number, is_zero
+from bkd_fast.samplers.settings import Params, Settings, check_number, is_cold, is_zero
 
 CHUNK = 4096  # elements whose squares one thread adds up
 
@@ -86,7 +86,7 @@ class SGNHT(Sampler):
         sigma = m.sqrt(2 * friction * temperature / (lr * num_data))
         if not group["per_element"]:
             return lr, sigma, self._thermostat_of(group), 1.0
-        if is_zero(group["temperature"]):
+        if is_cold(group):
             return lr, sigma, 0.0, 0.0
         rate = _rate_of(group)
         return lr, sigma, -rate * lr * num_data / (2 * temperature), rate
@@ -100,7 +100,7 @@ class SGNHT(Sampler):
         return thermostat
 
     def _finish(self, group: dict[str, Any]) -> None:
-        if group["per_element"] or is_zero(group["lr"]) or is_zero(group["temperature"]):
+        if group["per_element"] or is_zero(group["lr"]) or is_cold(group):
             return
         mu = self._thermostat_of(group)
         buffers = [
