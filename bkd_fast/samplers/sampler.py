@@ -390,15 +390,25 @@ class Sampler(torch.optim.Optimizer):
 
     def _check_fit(self, group: dict[str, Any], launch: Launch) -> None:
         """Raise where a parameter is not what its state was made for: kernels trust shapes and devices."""
+        if not self.state and not self._centers:
+            return
         for index in launch.indices:
-            parameter, number = group["params"][index], group["parameter_ids"][index]
-            kept = {**self.state.get(parameter, {}), "prior mean": self._centers.get(number, parameter)}
-            for name, tensor in kept.items():
-                if tensor.shape != parameter.shape or (tensor.device != parameter.device and name != "prior mean"):
-                    raise ValueError(
-                        f"{name_of(group, index)} has shape {tuple(parameter.shape)} on {parameter.device} and its {name} "
-                        f"{tuple(tensor.shape)} on {tensor.device}: a parameter must keep its shape and device"
-                    )
+            parameter = group["params"][index]
+            shape, device = parameter.shape, parameter.device
+            for name, tensor in self.state.get(parameter, {}).items():
+                if tensor.shape != shape or tensor.device != device:
+                    self._refuse(group, index, name, tensor)
+            center = self._centers.get(group["parameter_ids"][index])
+            if center is not None and center.shape != shape:
+                self._refuse(group, index, "prior mean", center)
+
+    @staticmethod
+    def _refuse(group: dict[str, Any], index: int, name: str, tensor: Tensor) -> None:
+        parameter = group["params"][index]
+        raise ValueError(
+            f"{name_of(group, index)} has shape {tuple(parameter.shape)} on {parameter.device} and its {name} "
+            f"{tuple(tensor.shape)} on {tensor.device}: a parameter must keep its shape and device"
+        )
 
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
         """Raise for a setting that is not allowed; a subclass adds its own."""
