@@ -26,7 +26,7 @@ from bkd_fast.kernels.arithmetic import INTERPRETED, fma
 from bkd_fast.kernels.half import exponent_field, narrow, round_stochastically, widen
 from bkd_fast.kernels.noise import blocks_of, element_words_of, normals_of
 from bkd_fast.kernels.rules import NUMBERS, advance
-from bkd_fast.kernels.table import Table
+from bkd_fast.kernels.table import Table, chain_stride
 
 WARPS = 4
 # at most: 8 programs on a multiprocessor, or 7 where 64 would spill; the compiler's own choice is up to 128
@@ -334,17 +334,12 @@ def langevin_step_(
         table.rows, table.labels, table.chunks, table.size,
         None if nonfinite is None else nonfinite.view(torch.uint8), noise_table, scalars, clock,
         lr, decay, sigma, 1.0 / draws if moments else 0.0, *numbers, seed, chain, step,
-        _stride(scalars), _stride(noise_table),
+        chain_stride(scalars), chain_stride(noise_table),
         DTYPE=_TYPES[dtype], REAL=_real(dtype), RULE=NUMBERS[rule].value, STATES=states, OWN=len(own),
         PRIOR=(FLAT if decay == 0 else CENTRED if centered else CENTRED_AT_ZERO).value,
         NOISE=sigma != 0 or noise_table is not None, MOMENTS=moments, MASTER=master,
         WIDTH=width, SIZE=size, num_warps=WARPS, num_stages=1, maxnreg=registers(dtype, moments, rule), enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _stride(tensor: Tensor | None) -> int:
-    """From one chain's row to the next's, 0 where there is one for all."""
-    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
 
 
 def find_nonfinite(table: Table, dtype: torch.dtype, found: Tensor) -> None:

@@ -116,6 +116,11 @@ def table_of(
     return table
 
 
+def chain_stride(tensor: Tensor | None) -> int:
+    """Elements from one chain's row of numbers to the next's; 0 where one serves all."""
+    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
+
+
 def _pack(
     addresses: Sequence[tuple[int, ...]],
     counts: tuple[int, ...],

@@ -93,6 +93,23 @@ class LangevinStep:
             for lr, decay, sigma, *own in rows
         ]
 
+    def in_table(self) -> dict[str, Any]:
+        """What a launch table is made of: the arguments of `kernels.table.table_of`."""
+        names = (
+            "theta",
+            "gradient",
+            "center",
+            "mean",
+            "m2",
+            "master",
+            "first",
+            "second",
+            "parameters",
+            "first_elements",
+            "chains",
+        )
+        return {name: getattr(self, name) for name in names}
+
     def step_number(self) -> int:
         """The step's coordinate of the noise, read from the clock where there is one."""
         return self.step if self.clock is None else int(self.clock)

@@ -14,7 +14,7 @@ from bkd_fast.samplers.settings import Params, Settings, check_number
 
 
 class PSGLD(PreconditionedSampler):
-    r"""SGLD preconditioned as RMSprop is (Li, Chen, Carlson and Carin, AAAI 2016); at temperature 0 `torch.optim.RMSprop`.
+    r"""SGLD preconditioned as RMSprop is (Li, Chen, Carlson and Carin, AAAI 2016); at T = 0 `torch.optim.RMSprop`, to rounding.
 
     With g = grad L + (prior_precision / N) (theta - prior_mean)::
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.kernels.cuda import launch
-from bkd_fast.kernels.table import Table, table_of
+from bkd_fast.kernels.table import Table, chain_stride, table_of
 from bkd_fast.ops.langevin import LangevinStep
 from bkd_fast.ops.registry import implements
 from bkd_fast.ops.rules import OWN_NUMBERS
@@ -41,11 +41,6 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _stride(tensor: Tensor | None) -> int:
-    """From one chain's row to the next's, 0 where there is one for all."""
-    return tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
-
-
 @implements("langevin_step_", "cuda")
 def langevin_step_(s: LangevinStep) -> None:
     dtype, device = s.theta[0].dtype, s.theta[0].device
@@ -53,19 +48,7 @@ def langevin_step_(s: LangevinStep) -> None:
     rounding = "master" if s.master else "nearest" if s.noise_table is None else "stochastic"
     noisy = s.sigma != 0 or s.noise_table is not None
     with torch.cuda.device(device):
-        table = table_of(
-            s.theta,
-            s.gradient,
-            s.center,
-            s.mean,
-            s.m2,
-            s.master,
-            s.parameters,
-            s.first_elements,
-            s.first,
-            s.second,
-            s.chains,
-        )
+        table = table_of(**s.in_table())
     own = [*s.own, *[0.0] * (OWN_NUMBERS - len(s.own))]
     arguments = (
         table.rows.data_ptr(),
@@ -79,8 +62,8 @@ def langevin_step_(s: LangevinStep) -> None:
         np.uint64(s.seed),
         np.uint64(s.step),
         np.uint32(s.chain),
-        np.int32(_stride(s.scalars)),
-        np.int32(_stride(s.noise_table)),
+        np.int32(chain_stride(s.scalars)),
+        np.int32(chain_stride(s.noise_table)),
         real(s.lr),
         real(s.decay),
         real(s.sigma),

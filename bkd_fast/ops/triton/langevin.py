@@ -14,19 +14,7 @@ from bkd_fast.ops.rules import RULES
 def langevin_step_(s: LangevinStep) -> None:
     with torch.cuda.device_of(s.theta[0]):
         langevin.langevin_step_(
-            table_of(
-                s.theta,
-                s.gradient,
-                s.center,
-                s.mean,
-                s.m2,
-                s.master,
-                s.parameters,
-                s.first_elements,
-                s.first,
-                s.second,
-                s.chains,
-            ),
+            table_of(**s.in_table()),
             s.theta[0].dtype,
             centered=bool(s.center),
             moments=bool(s.mean),
