@@ -36,9 +36,11 @@ def test_bytes(benchmark, threads, show, elements):
         for name, (sampler_class, settings) in SAMPLERS.items()
     }
     contenders = {name: lambda _, s=sampler: s.step() for name, sampler in samplers.items()}
-    sgd = torch.optim.SGD([_parameter(elements)], 1e-3, momentum=0.9, foreach=True)
-    adam = torch.optim.Adam([_parameter(elements)], 1e-3, foreach=True)
-    contenders |= {"torch SGD, momentum": lambda _: sgd.step(), "torch Adam": lambda _: adam.step()}
+    for kind in ("foreach", "fused"):
+        sgd = torch.optim.SGD([_parameter(elements)], 1e-3, momentum=0.9, **{kind: True})
+        adam = torch.optim.Adam([_parameter(elements)], 1e-3, **{kind: True})
+        contenders[f"SGD momentum {kind}"] = lambda _, o=sgd: o.step()
+        contenders[f"Adam {kind}"] = lambda _, o=adam: o.step()
     table = Table(f"samplers, {threads} thread{'s' * (threads > 1)}", "element")
     times = table.time(f"{elements:,} fp32", contenders, elements, repeats=15, seconds=20.0)
     show(table)
