@@ -61,6 +61,10 @@ class PSGLD(PreconditionedSampler):
         ] = {}  # the Hessian's diagonal, from before anything moves until it is used
         super().__init__(params, lr, {"alpha": alpha, "eps": eps, "gamma": gamma, "frozen_at": None}, settings)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._curvature = {}
+
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
         super()._check_settings(group, wait)
         check_number("alpha", group["alpha"], 0, 1)
@@ -110,9 +114,10 @@ class PSGLD(PreconditionedSampler):
                 self._curvature[parameter] = torch.zeros_like(sign) if product is None else sign * product
 
     def _move(self, index: int, group: dict[str, Any], launch: Launch, collects: bool) -> None:
-        corrections = [self._without_metric(group, position) for position in launch.indices if self._curvature]
+        positions = [i for i in launch.indices if group["params"][i] in self._curvature]
+        corrections = [self._without_metric(group, position) for position in positions]
         super()._move(index, group, launch, collects)
-        for position, correction in zip(launch.indices, corrections, strict=False):
+        for position, correction in zip(positions, corrections, strict=True):
             parameter = group["params"][position]
             root = self.state[parameter]["square_avg"].sqrt()
             correction = correction.to(root) / root / (root + group["eps"]).square_()

@@ -748,14 +748,17 @@ class Sampler(torch.optim.Optimizer):
             return self._loaded
 
         hook = self.register_load_state_dict_pre_hook(match)  # after those of others, which may replace the state
-        before = [(group["capturable"], group["lr"]) for group in self.param_groups]
+        before = [(g["capturable"], g["step_in_backward"], g["lr"]) for g in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
             self._loaded = None
-        for index, (group, (capturable, lr)) in enumerate(zip(self.param_groups, before, strict=True)):
-            group["capturable"] = capturable  # of this sampler, not of the chain
+        for index, (group, (capturable, in_backward, lr)) in enumerate(zip(self.param_groups, before, strict=True)):
+            group["capturable"], group["step_in_backward"] = (
+                capturable,
+                in_backward,
+            )  # of this sampler, not of the chain
             if capturable:
                 group["lr"] = lr.fill_(float(group["lr"])) if isinstance(lr, Tensor) else float(group["lr"])
                 if index in self._clocks:
@@ -869,6 +872,11 @@ def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
         raise ValueError(f"the saved state has {len(saved_groups)} parameter groups: this sampler has {len(groups)}")
     matched = []
     for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        if saved.get("chains", 1) != group["chains"]:
+            raise ValueError(
+                f"parameter group {number} of the saved state has chains = {saved.get('chains', 1)}: this sampler has "
+                f"{group['chains']}"
+            )
         names, saved_names = group.get("param_names"), saved.get("param_names")
         if names and saved_names and list(names) != list(saved_names):
             if set(names) != set(saved_names):

@@ -146,3 +146,11 @@ def test_samplers_whose_chains_overlap_warn():
         bkd.SGLD([torch.zeros(2, requires_grad=True)], 0.1, num_data=10, chain=3)
     bkd.SGLD([torch.zeros(2, requires_grad=True)], 0.1, num_data=10, chain=4)
     assert first.param_groups[0]["chains"] == 4
+
+
+def test_a_state_of_another_number_of_chains_is_refused():
+    saved = bkd.SGLD([torch.zeros(3, 2, requires_grad=True)], 0.1, num_data=10, chains=3).state_dict()
+    other = bkd.SGLD([torch.zeros(2, 2, requires_grad=True)], 0.1, num_data=10, chains=2, chain=7)
+    with pytest.raises(ValueError, match="has chains = 3: this sampler has 2"):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["chain"] == 7

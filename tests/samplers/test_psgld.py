@@ -96,3 +96,21 @@ def test_bad_settings(change, message):
 def test_gamma_of_sixteen_bits_is_refused():
     with pytest.raises(ValueError, match="gamma = True for a parameter of"):
         bkd.PSGLD([_parameter(torch.zeros(2), torch.bfloat16)], 0.1, num_data=10, gamma=True)
+
+
+def test_gamma_of_one_group_leaves_the_other_alone():
+    """And copies have what they need, inside the backward pass too."""
+    params = [_parameter(torch.linspace(0.1, 2, 5)) for _ in range(3)]
+    groups = [{"params": params[:1], "gamma": True}, {"params": params[1:2]}]
+    sampler = bkd.PSGLD(groups, 0.01, num_data=10, alpha=0.5, eps=0.1, temperature=1.0)
+    alone = bkd.PSGLD([params[2]], 0.01, num_data=10, alpha=0.5, eps=0.1)
+    alone.param_groups[0]["parameter_ids"] = [1]
+    for optimizer, mine in ((sampler, params[:2]), (alone, params[2:])):
+        (sum(p.square().sum() for p in mine) / 2).backward(create_graph=True)
+        optimizer.step()
+    assert torch.equal(params[1], params[2]) and not torch.equal(params[0], params[1])
+    copied = copy.deepcopy(bkd.PSGLD([_parameter(torch.ones(3))], 0.01, num_data=10, step_in_backward=True))
+    (theta,) = copied.param_groups[0]["params"]
+    theta.grad = torch.ones(3)
+    copied.step()
+    assert not torch.equal(theta.detach(), torch.ones(3))

@@ -105,3 +105,19 @@ def test_the_hooks_do_not_keep_the_sampler_alive():
     _backward(net, 0)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is not None for p in net.parameters())
+
+
+def test_where_the_step_is_taken_is_the_samplers_own_not_the_chains():
+    """A state saved by a plain sampler goes on inside the backward pass, checks included."""
+    net = _net()
+    plain = bkd.SGLD(net.named_parameters(), 0.01, num_data=40)
+    _backward(net, 0)
+    plain.step()
+    plain.zero_grad()
+    inside = bkd.SGLD(net.named_parameters(), 0.01, num_data=40, step_in_backward=True)
+    inside.load_state_dict(plain.state_dict())
+    assert inside.param_groups[0]["step_in_backward"]
+    (net(torch.ones(1, 6)).sum() * torch.nan).backward()
+    inside.step()
+    with pytest.raises(bkd.NonFiniteError):
+        inside.check()
