@@ -88,7 +88,8 @@ class BatchEnergy:
         x, target, teacher_logits = self.complete(batch)
         self.student.zero_grad(set_to_none=True)
         energy = self.loss_fn(self.student(x), target, teacher_logits)
-        (energy * self.chains).backward()  # type: ignore[no-untyped-call]
+        graph = any(group.get("gamma", False) for group in self.sampler.param_groups)  # PSGLD differentiates once more
+        (energy * self.chains).backward(create_graph=graph)  # type: ignore[no-untyped-call]
         return energy.detach()
 
     def gradient_variance(self, batches: int) -> list[float]:

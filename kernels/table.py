@@ -97,7 +97,7 @@ def table_of(
     addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in columns]
     sizes = [tensors[0].itemsize if tensors else 0 for tensors in columns]
     counts = tuple(map(Tensor.numel, theta))
-    key = (device, *addresses, counts, tuple(parameters), tuple(first_elements), chains)
+    key = (device, *addresses, tuple(sizes), counts, tuple(parameters), tuple(first_elements), chains)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.pop(key, None)
     if table is None:

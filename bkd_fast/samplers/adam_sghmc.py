@@ -40,6 +40,7 @@ class AdamSGHMC(PreconditionedSampler):
 
     rule = "adam"
     states = ("exp_avg", "exp_avg_sq")
+    at_rest = (1.0, 0.0, 1.0, 0.0, None, None)
     momentum = "exp_avg"
     noise_in_gradient = True
 

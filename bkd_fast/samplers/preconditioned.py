@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bkd_fast.samplers.layout import Launch, name_of
 from bkd_fast.samplers.sampler import Sampler
 
 
@@ -33,7 +34,16 @@ class PreconditionedSampler(Sampler):
         if not float(group["eps"]) > 0:
             raise ValueError(f"eps = {group['eps']}: must be positive")
 
+    def _check_fit(self, group: dict[str, Any], launch: Launch) -> None:
+        super()._check_fit(group, launch)
+        for index in launch.indices if group["frozen_at"] is not None else ():
+            if not self.state.get(group["params"][index]):
+                raise ValueError(
+                    f"{name_of(group, index)} has its first gradient after freeze_metric(): it has no preconditioner"
+                )
+
     def metric(self, parameter: Tensor) -> Tensor | None:
+        self._read_clocks()
         index, _ = self._place_of(parameter)
         if not self.state.get(parameter):
             return None

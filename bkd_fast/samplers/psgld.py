@@ -39,12 +39,13 @@ class PSGLD(PreconditionedSampler):
         params, lr, settings: as every sampler has them: `Sampler`.
 
     Raises:
-        ValueError: alpha or eps out of range; gamma with capturable, step_in_backward or 16-bit parameters; in `step`, gradients
-            without their graph.
+        ValueError: alpha or eps out of range; gamma with capturable, step_in_backward, track_moments or 16-bit parameters; in
+            `step`, gradients without their graph.
     """
 
     rule = "rmsprop"
     states = ("square_avg",)
+    at_rest = (1.0, 0.0, None)
 
     def __init__(
         self,
@@ -74,7 +75,10 @@ class PSGLD(PreconditionedSampler):
                     raise ValueError(
                         f"gamma = True with {name} = True: it needs every gradient, and their graph, at once"
                     )
-            for parameter in group.get("params", ()):
+            if group.get("moments") is not None:
+                raise ValueError("track_moments with gamma = True: they are of theta before its last term")
+            for entry in group.get("params", ()):
+                parameter = entry[1] if isinstance(entry, tuple) else entry
                 if isinstance(parameter, Tensor) and parameter.dtype.itemsize == 2:
                     raise ValueError(f"gamma = True for a parameter of {parameter.dtype}: must be float32 or float64")
 
@@ -127,6 +131,7 @@ class PSGLD(PreconditionedSampler):
         """-(lr T / N) Gamma but for G^2 / sqrt(v), which the step will bring up to date."""
         parameter = group["params"][position]
         decay = group["weight_decay"] or group["prior_precision"] / group["num_data"]
+        decay = -decay if group["maximize"] else decay
         center = self._centers.get(group["parameter_ids"][position], 0)
         gradient = parameter.grad.detach() + decay * (parameter - center)
         lr, temperature = rates_of(group)

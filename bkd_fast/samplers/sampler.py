@@ -7,7 +7,7 @@ state) is kept here.
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -44,6 +44,7 @@ NOT_SETTINGS = {
     "step",
     "prior_mean",
     "thermostat",
+    "centered",
 }  # keys of a group
 
 _live: "weakref.WeakSet[Sampler]" = weakref.WeakSet()
@@ -84,8 +85,8 @@ class Sampler(torch.optim.Optimizer):
         capturable: keep the step, lr and the noise scale on the device, so that a CUDA graph that holds the step draws fresh
             noise at every replay, the noise of steps k, k + 1, ...: take one step before capturing. lr becomes a tensor
             there (one of your own on that device stays): schedulers fill it in place, and a graph follows. The other settings
-            are those of the capture. A learning rate of 0 is not known to the host then: it moves no parameter and uses up no
-            noise, but momenta take up the gradient. Not with `track_moments`. On CPUs it works too, for nothing.
+            are those of the capture. A learning rate of 0 is not known to the host then, but moves nothing and uses up no noise
+            (SGNHT's momentum takes up the gradient). Not with `track_moments`. On CPUs it works too, for nothing.
         step_in_backward: take each parameter's step as soon as `backward` has its gradient, and free the gradient; `step()` only
             ends the step. The same chain, without the memory of the gradients. One backward pass a step: no gradient
             accumulation, scaling or clipping.
@@ -106,6 +107,8 @@ class Sampler(torch.optim.Optimizer):
     rule: ClassVar[str]
     states: ClassVar[tuple[str, ...]] = ()  # their names in `state`, in the order of the rule
     roundings: ClassVar[tuple[str, ...]] = ("master", "nearest")  # the default first
+    # own numbers that keep the state as it is where only the device knows that lr is 0; None: as ever
+    at_rest: ClassVar[tuple[float | None, ...]] = ()
     momentum: ClassVar[str | None] = None  # which of the states `draw_momentum` draws
     takes_out_gradient_noise: ClassVar[bool] = False
     noise_in_gradient: ClassVar[bool] = False  # added to what theta descends, so that maximising turns it round
@@ -138,7 +141,8 @@ class Sampler(torch.optim.Optimizer):
         self._clocks: dict[int, Tensor] = {}  # of capturable groups: the step, int64 () on their device
         self._begun: dict[int, _Begun] = {}  # of groups that step in backward: what the running step has done
         self._centers: dict[int, Tensor] = {}  # prior means by the parameter's number, which survives its replacement
-        self._loaded: dict[str, Any] | None = None  # the state being loaded, as it was saved
+        # the state being loaded, as it was saved, and the prior means before
+        self._loaded: tuple[dict[str, Any], list[list[Tensor | None]]] | None = None
         self._check_order = False
         self._told_coarse = False
         self._next_id = 0
@@ -155,6 +159,8 @@ class Sampler(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor; nothing was added then.
         """
+        if isinstance(param_group.get("params"), Iterator):
+            param_group = {**param_group, "params": list(param_group["params"])}  # looked at more than once
         group = {**self.defaults, **param_group}
         self._check_settings(group, wait=True)
         prior_mean = group.pop("prior_mean", None)
@@ -329,7 +335,7 @@ class Sampler(torch.optim.Optimizer):
                 nonfinite=nonfinite,
                 lr=sign * lr,
                 decay=sign * decay,
-                sigma=noise_sign * sigma,
+                sigma=noise_sign * sigma + 0.0,  # never -0
                 seed=group["seed"],
                 chain=group["chain"],
                 step=group["step"],
@@ -373,7 +379,10 @@ class Sampler(torch.optim.Optimizer):
         step = group["step"] if clock is None else _on(device, clock)
         rate, sigma, *own = self._numbers(group, lr, temperature, num_data, step, torch)
         sigma = torch.where(lr == 0, 0.0, sigma)
-        columns = [_on(device, x) for x in (sign * rate, sign * decay, noise_sign * sigma, *own)]
+        for number, resting in enumerate(self.at_rest):
+            if resting is not None:
+                own[number] = torch.where(lr == 0, resting, _on(device, own[number]))
+        columns = [_on(device, x) for x in (sign * rate, sign * decay, noise_sign * sigma + 0.0, *own)]
         rows = torch.broadcast_tensors(*columns)  # type: ignore[no-untyped-call]
         return torch.stack(rows, dim=-1).to(real_of(theta)), sigma
 
@@ -443,6 +452,8 @@ class Sampler(torch.optim.Optimizer):
                 "step at every backward pass"
             )
         group_launches = launches(group, [position])
+        if _is_capturing():
+            self._check_capture([(index, group, group_launches)])
         if begun is None:
             self._check_changes(index, group)
         for launch in group_launches:
@@ -724,6 +735,7 @@ class Sampler(torch.optim.Optimizer):
         self._read_clocks()
         for group in self.param_groups:
             group["strides"] = [list(parameter.stride()) for parameter in group["params"]]
+            group["centered"] = any(number in self._centers for number in group["parameter_ids"])
         saved: dict[str, Any] = super().state_dict()
         # a prior mean is part of the chain's state, but not of what a step brings into being
         states = dict(saved["state"])
@@ -744,9 +756,12 @@ class Sampler(torch.optim.Optimizer):
         """
 
         def match(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            self._loaded = _matched_by_name(given, self.param_groups)
-            return self._loaded
+            matched = _matched_by_name(given, self.param_groups)
+            self._loaded = matched, [[self._centers.get(n) for n in g["parameter_ids"]] for g in self.param_groups]
+            return matched
 
+        for kept in (self._names, self._checked, self._begun):
+            kept.clear()
         hook = self.register_load_state_dict_pre_hook(match)  # after those of others, which may replace the state
         before = [(g["capturable"], g["step_in_backward"], g["lr"]) for g in self.param_groups]
         try:
@@ -755,16 +770,16 @@ class Sampler(torch.optim.Optimizer):
             hook.remove()
             self._loaded = None
         for index, (group, (capturable, in_backward, lr)) in enumerate(zip(self.param_groups, before, strict=True)):
-            group["capturable"], group["step_in_backward"] = (
-                capturable,
-                in_backward,
-            )  # of this sampler, not of the chain
-            if capturable:
-                group["lr"] = lr.fill_(float(group["lr"])) if isinstance(lr, Tensor) else float(group["lr"])
-                if index in self._clocks:
-                    self._clocks[index].fill_(group["step"])
-            elif isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
-                group["lr"] = float(group["lr"])
+            # of this sampler, not of the chain
+            group["capturable"], group["step_in_backward"] = capturable, in_backward
+            if isinstance(group["lr"], Tensor) or capturable:
+                saved = torch.as_tensor(group["lr"], dtype=torch.float64)
+                if capturable and isinstance(lr, Tensor) and lr.shape == saved.shape:
+                    group["lr"] = lr.copy_(saved)  # a graph reads it there
+                elif capturable or saved.device.type != "cpu":
+                    group["lr"] = saved.cpu() if saved.dim() else float(saved)
+            if index in self._clocks:
+                self._clocks[index].fill_(group["step"])
         self._next_id = 1 + max((i for group in self.param_groups for i in group["parameter_ids"]), default=-1)
         for flags in self._flags.values():
             if flags is not None:
@@ -790,19 +805,25 @@ class Sampler(torch.optim.Optimizer):
         for name, value in empty.items():
             self.__dict__.setdefault(name, value)
         if self._loaded is not None:
-            self._restore(self._loaded)
+            self._restore(*self._loaded)
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        """Float32 state of 16-bit parameters as it was saved: torch has cast it to the parameter's dtype. And the prior means."""
-        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
-            places = zip(group["params"], saved_group["params"], saved_group["parameter_ids"], strict=True)
-            for parameter, key, number in places:
+    def _restore(self, saved: dict[str, Any], before: list[list[Tensor | None]]) -> None:
+        """Float32 state of 16-bit parameters as it was saved: torch has cast it to the parameter's dtype. And the prior means.
+
+        A flattened distributed checkpoint has none of those: the sampler's own stay, unless the saved chain's prior was around 0.
+        """
+        self._centers = {}
+        for group, saved_group, own in zip(self.param_groups, saved["param_groups"], before, strict=True):
+            places = zip(group["params"], saved_group["params"], saved_group["parameter_ids"], own, strict=True)
+            for parameter, key, number, mine in places:
                 tensors = saved["state"].get(key, {})
                 for name in ("mean", "m2", "master", *self.states):
                     if name in tensors:
                         self.state[parameter][name] = tensors[name].detach().clone().to(parameter.device)
                 if "prior_mean" in tensors:
                     self._centers[number] = tensors["prior_mean"].detach().clone().to(parameter)
+                elif mine is not None and saved_group.get("centered", True):
+                    self._centers[number] = mine
                 self.state.get(parameter, {}).pop("prior_mean", None)
                 if parameter in self.state and not self.state[parameter]:
                     del self.state[parameter]
@@ -854,7 +875,7 @@ def _on(device: torch.device, value: float | Tensor) -> Tensor:
 def rates_of(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """lr and temperature of a group in float64: () or, where they are each chain's own, (chains,)."""
     lr, temperature = (torch.as_tensor(group[name], dtype=torch.float64) for name in ("lr", "temperature"))
-    return lr, temperature
+    return lr, temperature.to(lr.device)
 
 
 def per_chain(value: Tensor, like: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class SGHMC(Sampler):
 
     rule = "sghmc"
     states = ("momentum_buffer",)
+    at_rest = (1.0, 0.0)
     momentum = "momentum_buffer"
     noise_in_gradient = True
 
@@ -85,7 +86,9 @@ class SGHMC(Sampler):
 
     def _move(self, index: int, group: dict[str, Any], launch: Launch, collects: bool) -> None:
         dampened = group["dampening"] > 0 and is_cold(group)
-        born = [i for i in launch.indices if self.states[0] not in self.state[group["params"][i]]]
+        # state that a step at lr = 0 brought into being has taken no step
+        none_yet = group["step"] == 0 and not group["capturable"]
+        born = [i for i in launch.indices if none_yet or self.states[0] not in self.state[group["params"][i]]]
         if not (dampened and born):
             super()._move(index, group, launch, collects)
             return

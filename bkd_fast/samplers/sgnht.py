@@ -1,5 +1,6 @@
 """SGNHT: SGHMC with thermostats, which take the minibatch noise out of the temperature."""
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Unpack
@@ -78,6 +79,10 @@ class SGNHT(Sampler):
         check_number("momentum", group["momentum"], 0, 1)
         if group["rate"] is not None and not 0 < group["rate"] < float("inf"):
             raise ValueError(f"rate = {group['rate']}: must be positive and finite")
+        if not group["per_element"] and group["capturable"]:
+            raise ValueError(
+                "per_element = False with capturable = True: a replay would repeat the thermostat of the capture"
+            )
 
     def _numbers(
         self, group: dict[str, Any], lr: Any, temperature: Any, num_data: Any, step: Any, m: ModuleType
@@ -89,7 +94,11 @@ class SGNHT(Sampler):
         if is_cold(group):
             return lr, sigma, 0.0, 0.0
         rate = _rate_of(group)
-        return lr, sigma, -rate * lr * num_data / (2 * temperature), rate
+        gain = -rate * lr * num_data / (2 * temperature)
+        if m is math:
+            return lr, sigma, gain, rate
+        still = (lr == 0) | (temperature == 0)  # thermostats rest
+        return lr, sigma, torch.where(still, 0.0, gain), torch.where(still, 0.0, torch.full_like(gain, rate))
 
     def _thermostat_of(self, group: dict[str, Any]) -> Tensor:
         """Each chain's mu, float64 (chains,) on the device of the group's first parameter."""
@@ -111,7 +120,8 @@ class SGNHT(Sampler):
             mean = squares / (sum(b.numel() for b in buffers) // group["chains"])
             lr, temperature = (rate.to(mu) for rate in rates_of(group))
             excess = lr * group["num_data"] * (1 + mu) * mean / (2 * temperature) - 1
-            group["thermostat"] = mu - _rate_of(group) * excess  # a new one: saved states keep the old
+            # a new one: saved states keep the old
+            group["thermostat"] = torch.where(temperature > 0, mu - _rate_of(group) * excess, mu)
 
     def _start_of(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         if name != "thermostat":

@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<T>(rule, moment
 
   bool any_kept = false;
   int done = 0;
-  if (is_aligned(row)) {
+  if (absent == 0 && is_aligned(row)) {
     constexpr int n = kRun<T>, runs = kRuns<T, !moments && states_of(rule) == 0>, stride = kThreads * n, tile = stride * runs;
     for (; done + tile <= length; done += tile) {
       Run<T, rule, rounding, noisy, prior, moments, n> run[runs];

@@ -40,6 +40,15 @@ def test_every_chain_has_a_row():
     assert table.chunks.tolist() == [[row, 0] for row in range(6)]
 
 
+def test_other_element_sizes_at_the_same_addresses_are_another_table():
+    memory = torch.zeros(64, dtype=torch.float32)
+    wide, narrow = memory[:16].view(2, 8), memory.view(torch.bfloat16)[:16].view(2, 8)
+    assert wide.data_ptr() == narrow.data_ptr()
+    for theta in (wide, narrow):
+        rows = table_of([theta], parameters=[0], first_elements=[0], chains=2).rows
+        assert rows[:, 0].tolist() == [theta[0].data_ptr(), theta[1].data_ptr()]
+
+
 def test_lists_that_are_not_given_are_zeros():
     table = table_of(_filled(5, 6))
     assert not table.rows[:, 1:8].any() and not table.rows[:, 9].any() and not table.labels[:, 0].any()

@@ -133,3 +133,50 @@ def test_a_parameter_that_changes_its_shape_is_refused_before_anything_moves(nam
     with pytest.raises(ValueError, match=r"parameter 'p2' has shape \(2, 3\).*must keep its shape"):
         sampler.step()
     assert torch.equal(params[0], before) and sampler.param_groups[0]["step"] == 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_lr_of_zero_that_only_the_device_knows_leaves_the_chain_where_it_is(name):
+    """A warm-up's first steps in a graph: afterwards the chain is that of a sampler that never took them."""
+    runs = []
+    for idle in (0, 3):
+        params, sampler = _make(name, torch.float32, capturable=True)
+        _train(sampler, params, [0])
+        rate = sampler.param_groups[0]["lr"]
+        before = float(rate)
+        rate.zero_()
+        for _ in range(idle):
+            for parameter in params:
+                parameter.grad = torch.ones_like(parameter)
+            sampler.step()
+        rate.fill_(before)
+        runs.append((params, sampler))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(a, b)
+        for key, value in runs[0][1].state[a].items():
+            if not (name == "SGNHT" and key == "momentum_buffer"):
+                assert torch.equal(value, runs[1][1].state[b][key]), key
+
+
+def test_what_is_loaded_replaces_prior_means_and_settings():
+    """A scheduler's key that the saved groups lack, a prior mean that the saved chain had not, a rate for each chain."""
+    params, saved = _make("SGLD", torch.float32, prior_mean=None)
+    _train(saved, params, [0])
+    state = copy.deepcopy(saved.state_dict())
+    schedule = torch.optim.lr_scheduler.StepLR(saved, 1)
+    _train(saved, params, [1])
+    saved.load_state_dict(state)
+    _train(saved, params, [2])
+    assert schedule.optimizer is saved
+    resumed, other = _make("SGLD", torch.float32, params)
+    other.load_state_dict(copy.deepcopy(saved.state_dict()))
+    _train(saved, params, [3])
+    _train(other, resumed, [3])
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+    rates = torch.tensor([0.01, 0.03], dtype=torch.float64)
+    chains = [torch.zeros(2, 3, requires_grad=True) for _ in range(2)]
+    samplers = [SAMPLERS["SGHMC"][0]([c], rates.clone(), num_data=9, chains=2, capturable=True) for c in chains]
+    for sampler, chain in zip(samplers, chains, strict=True):
+        _train(sampler, [chain], [0])
+    samplers[1].load_state_dict(samplers[0].state_dict())
+    assert torch.equal(samplers[1].param_groups[0]["lr"], rates)

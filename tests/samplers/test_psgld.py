@@ -114,3 +114,52 @@ def test_gamma_of_one_group_leaves_the_other_alone():
     theta.grad = torch.ones(3)
     copied.step()
     assert not torch.equal(theta.detach(), torch.ones(3))
+
+
+def test_a_group_given_as_an_iterator_keeps_its_parameters():
+    module = torch.nn.Linear(3, 2)
+    sampler = bkd.PSGLD([{"params": module.parameters()}], 0.1, num_data=10, gamma=True)
+    assert len(sampler.param_groups[0]["params"]) == 2
+    with pytest.raises(ValueError, match="gamma = True for a parameter of"):
+        bkd.PSGLD([{"params": module.bfloat16().named_parameters()}], 0.1, num_data=10, gamma=True)
+
+
+def test_gamma_of_a_loss_to_be_maximised_is_that_of_its_negative():
+    moved = []
+    for sign in (1, -1):
+        theta = _parameter(torch.linspace(0.1, 2, 50), torch.float64)
+        settings = {"num_data": 10, "alpha": 0.5, "eps": 0.1, "gamma": True, "maximize": sign < 0}
+        sampler = bkd.PSGLD([theta], 0.01, **settings)
+        for _ in range(3):
+            theta.grad = None
+            (sign * theta.square().sum() / 2).backward(create_graph=True)
+            sampler.step()
+        moved.append(theta.detach())
+    torch.testing.assert_close(*moved, rtol=1e-12, atol=1e-14)
+
+
+def test_gamma_and_moments_are_refused():
+    sampler = bkd.PSGLD([_parameter(torch.ones(3))], 0.1, num_data=10, gamma=True)
+    with pytest.raises(ValueError, match="track_moments with gamma = True"):
+        sampler.track_moments()
+
+
+@pytest.mark.parametrize("sampler_class", [bkd.PSGLD, bkd.AdamSGHMC])
+def test_a_first_gradient_after_freezing_is_refused_and_metrics_of_capturable_samplers_know_the_step(sampler_class):
+    params = [_parameter(torch.ones(3)), _parameter(torch.ones(3))]
+    sampler = sampler_class([("a", params[0]), ("b", params[1])], 0.01, num_data=10)
+    params[0].grad = torch.ones(3)
+    sampler.step()
+    sampler.freeze_metric()
+    params[1].grad = torch.ones(3)
+    with pytest.raises(ValueError, match="'b' has its first gradient after freeze_metric"):
+        sampler.step()
+    metrics = []
+    for capturable in (False, True):
+        theta = _parameter(torch.ones(3))
+        other = sampler_class([theta], 0.01, num_data=10, temperature=0.0, capturable=capturable)
+        for _ in range(20):
+            theta.grad = torch.ones(3)
+            other.step()
+        metrics.append(other.metric(theta))
+    torch.testing.assert_close(*metrics)

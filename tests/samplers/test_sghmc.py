@@ -93,6 +93,7 @@ def test_adam_and_rmsprop_at_temperature_zero(maximize):
         (bkd.SGHMC, {"rounding": "stochastic"}, "rounding = 'stochastic'"),
         (bkd.SGNHT, {"momentum": 1.5}, r"momentum = 1\.5"),
         (bkd.SGNHT, {"rate": 0.0}, r"rate = 0\.0: must be positive"),
+        (bkd.SGNHT, {"per_element": False, "capturable": True}, "per_element = False with capturable = True"),
         (bkd.BAOAB, {"friction": 0.0}, r"friction = 0"),
         (bkd.BAOAB, {"friction": float("nan")}, "friction = nan"),
         (bkd.AdamSGHMC, {"betas": (0.9, 1.0)}, r"betas\[1\] = 1\.0"),
@@ -124,3 +125,16 @@ def test_help_shows_the_settings_that_all_have():
         parameters = inspect.signature(sampler).parameters
         assert list(parameters)[:2] == ["params", "lr"] and {"num_data", "chains", "seed"} <= set(parameters)
         assert parameters["num_data"].default is inspect.Parameter.empty
+
+
+def test_a_step_at_lr_zero_does_not_make_the_next_one_dampened():
+    theta, other = _parameter(torch.zeros(3)), _parameter(torch.zeros(3))
+    sampler = bkd.SGHMC([theta], 0.0, num_data=10, temperature=0.0, dampening=0.5)
+    sampler.step()
+    sampler.param_groups[0]["lr"] = 0.1
+    sgd = torch.optim.SGD([other], 0.1, momentum=0.9, dampening=0.5, foreach=False)
+    for _ in range(3):
+        theta.grad, other.grad = torch.ones(3), torch.ones(3)
+        sampler.step()
+        sgd.step()
+    assert torch.equal(theta, other)
