@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("BAOAB kicks between the drifts", ELEMENT, "fma(n.own[1], kicked, e.theta)", "fma(n.own[1], e.first, e.theta)", MOMENTUM_LAW),
     Mutant("norm for squared norm in the thermostat", ELEMENT, "const V square = mul(e.first, e.first);", "const V square = e.first;", EQUATIONS),
     Mutant("the thermostat forgets the step", ELEMENT, "fma(n.own[0], fma(square, e.second, square), e.second)", "fma(n.own[0], add(square, square), e.second)", f"{LAW_TESTS}::test_the_thermostat_takes_the_minibatch_noise_out"),
-    Mutant("the thermostat's temperature is 1", SGNHT, "/ (2 * temperature), rate", "/ 2, rate", f"{LAW_TESTS}::test_the_thermostat_takes_the_minibatch_noise_out"),
+    Mutant("the thermostat's temperature is 1", SGNHT, "gain = -rate * lr * num_data / (2 * temperature)", "gain = -rate * lr * num_data / 2", f"{LAW_TESTS}::test_the_thermostat_takes_the_minibatch_noise_out"),
     Mutant("preconditioned twice", ELEMENT, "mul(n.minus_lr, mul(root_of_metric, g))", "mul(n.minus_lr, mul(root_of_metric, mul(root_of_metric, g)))", FROZEN_LAW),
     Mutant("the noise is not preconditioned", ELEMENT, "fma(mul(n.sigma, root(inverse_metric)), noise,", "fma(n.sigma, noise,", FROZEN_LAW),
     Mutant("preconditioned noise 0.5 % too large", PSGLD, "return lr, m.sqrt(", "return lr, 1.005 * m.sqrt(", FROZEN_LAW),

@@ -375,3 +375,29 @@ def test_a_thermostat_of_a_group_does_not_depend_on_threads_and_survives_saving(
     assert results[0][-1][0] != results[0][-1][1]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["SGLD", "SGHMC", "SGNHT", "BAOAB"])
+def test_a_softmax_with_pseudo_counts(name):
+    """Two classes, a = 3.5 and b = 1.25: E softmax = a / (a + b) exactly, at any step; the logit's mean and variance nearly."""
+    settings = {"SGHMC": {"momentum": 0.8}, "SGNHT": {"momentum": 0.8, "rate": 1e-3}, "BAOAB": {"friction": 2.0}}
+    a, b = 3.5, 1.25
+    parameter = _parameter(1.3 + 1.2 * torch.randn(60_000, generator=torch.Generator().manual_seed(4)))
+    lr = {"SGLD": 0.02, "BAOAB": 0.04}.get(name, 0.005)
+    sampler = getattr(bkd, name)([parameter], lr, num_data=1, seed=21, **settings.get(name, {}))
+    probabilities, draws = [], []
+    for step in range(1200):
+        probability = torch.sigmoid(parameter.detach())
+        parameter.grad = (a + b) * probability - a
+        if step >= 600 and step % 100 == 0:
+            probabilities.append(probability.double())
+            draws.append(parameter.detach().double().clone())
+        sampler.step()
+    mean = torch.stack(probabilities).mean(0)
+    stats.assert_mean(mean, a / (a + b), float(mean.std()), "E softmax")
+    theta = torch.stack(draws)
+    error = float(theta.mean(0).std()) / math.sqrt(theta.shape[1])
+    assert abs(float(theta.mean()) - 1.330610) < stats.SIGMAS * error + 0.005
+    variance = (theta - 1.330610).square().mean(0)
+    error = float(variance.std()) / math.sqrt(len(variance))
+    assert abs(float(variance.mean()) - 1.527687) < stats.SIGMAS * error + 0.02 * 1.527687
