@@ -57,9 +57,8 @@ class PSGLD(PreconditionedSampler):
         gamma: bool = False,
         **settings: Unpack[Settings],
     ) -> None:
-        self._curvature: dict[
-            Tensor, Tensor
-        ] = {}  # the Hessian's diagonal, from before anything moves until it is used
+        # the Hessian's diagonal, from before anything moves until it is used
+        self._curvature: dict[Tensor, Tensor] = {}
         super().__init__(params, lr, {"alpha": alpha, "eps": eps, "gamma": gamma, "frozen_at": None}, settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

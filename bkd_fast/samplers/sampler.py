@@ -36,16 +36,10 @@ from bkd_fast.samplers.settings import (
 CHECK_EVERY = 1000  # steps between calls of check()
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
 COARSE_SHARE = 0.01  # of the elements, that may be spaced by more than a quarter of it
+# keys of a group that `_check_settings` does not look at
 NOT_SETTINGS = {
-    "params",
-    "param_names",
-    "parameter_ids",
-    "strides",
-    "step",
-    "prior_mean",
-    "thermostat",
-    "centered",
-}  # keys of a group
+    "params", "param_names", "parameter_ids", "strides", "step", "prior_mean", "thermostat", "centered",
+}  # fmt: skip
 
 _live: "weakref.WeakSet[Sampler]" = weakref.WeakSet()
 

@@ -43,7 +43,7 @@ class SGNHT(Sampler):
         params, lr, settings: as every sampler has them: `Sampler`.
 
     Raises:
-        ValueError: momentum outside [0, 1), or rate not positive.
+        ValueError: momentum outside [0, 1), or rate not positive; per_element = False with capturable.
     """
 
     rule = "sgnht"
