@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.ops.predictive import PredictiveState, empty_state, predictive_update_
-from bkd_fast.ops.sketch import TILE_CELLS, Tiles
+from bkd_fast.ops.sketch import Tiles
 
 
 def logits_of(draws: int, rows: int, classes: int, seed: int, invalid: bool = True) -> Tensor:
@@ -40,7 +40,7 @@ def arrays_of(state: PredictiveState) -> dict[str, Tensor]:
     named = {**state.tiles._asdict(), **state._asdict()}
     arrays = {name: array for name, array in named.items() if isinstance(array, Tensor)}
     counters = arrays.pop("counters").to(torch.int32).transpose(1, 2).reshape(-1, state.tiles.counters.shape[1])
-    padded = state.tiles.counters.shape[0] * TILE_CELLS
+    padded = state.mean.numel()
     return {"counters": counters[:cells], **{n: a[:cells] if a.numel() == padded else a for n, a in arrays.items()}}
 
 

@@ -8,6 +8,8 @@
 
 #include "../sketch.h"
 #include "cpu/parallel.h"
+#include "cpu/row_blocks.h"
+#include "cpu/sketch_update.h"
 
 namespace bkd {
 namespace {
@@ -93,6 +95,13 @@ bool adds_plainly(const SketchTiles& s, const SketchTiles& other, int64_t first_
 
 }  // namespace
 
+void sketch_update(const SketchTiles& sketch, int32_t* counts, const CodeWindow& window, int threads) {
+  const int64_t planned = std::max<int64_t>(1, kTilesPerTask * kTileCells / sketch.row_cells);
+  RowBlocks(window.rows, window.size, sketch.row_cells, planned).each_thread(threads, [&](const auto& next) {
+    for (int64_t begin, end; next(begin, end);) BKD_CALL(sketch_block, sketch, counts, window, begin, end);
+  });
+}
+
 void sketch_sort(const SketchTiles& sketch, int threads) {
   const int bins = bins_of(sketch);
   each_cell(sketch, threads, [&](int64_t cell, int count) {
@@ -113,6 +122,23 @@ void sketch_quantile(const SketchTiles& sketch, double q, int32_t* lower, int32_
     lower[cell] = found.lower;
     upper[cell] = found.upper;
     point[cell] = found.point;
+  });
+}
+
+void sketch_histogram(const SketchTiles& sketch, int64_t begin, int64_t end, const int16_t* least, const int16_t* most,
+                      int32_t* counts, int threads) {
+  const int bins = bins_of(sketch);
+  const int64_t cells = (end - begin) * sketch.row_cells, first = begin * sketch.row_cells;
+  const int64_t per_task = kTilesPerTask * kTileCells;
+  parallel_for((cells + per_task - 1) / per_task, threads, [&](int64_t task) {
+    for (int64_t i = task * per_task; i < std::min(cells, (task + 1) * per_task); ++i) {
+      const int64_t cell = first + i;
+      uint16_t own[kMaxBins], at_level[kMaxBins] = {};
+      const int count = sketch.counts[cell / sketch.row_cells];
+      read_column(column_of(sketch, cell), std::min(count, bins), own);
+      histogram_of(own, count, sketch.minimum[cell], sketch.maximum[cell], sketch.log2_bins, least[i], most[i], at_level,
+                   counts + i * bins);
+    }
   });
 }
 
@@ -138,7 +164,7 @@ void sketch_merge(const SketchTiles& sketch, const SketchTiles& other, int threa
   });
 }
 
-void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* out, int threads) {
+void sketch_deviance_quantile(const SketchTiles& sketch, const double* level, float* out, int threads) {
   const std::vector<float>& probability = probability_of_codes();
   const int bins = bins_of(sketch);
   const int64_t rows_per_task = std::max<int64_t>(1, kTilesPerTask * kTileCells / sketch.row_cells);
@@ -167,7 +193,7 @@ void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* ou
       int code = most;
       for (; code > least; --code) {
         above += weight[static_cast<size_t>(code - kCodeMin)];
-        if (above >= level * total) break;
+        if (above >= level[row] * total) break;
       }
       out[row] = deviance_of(code);
       std::fill(weight.begin() + (least - kCodeMin), weight.begin() + (most - kCodeMin) + 1, 0.0);
