@@ -26,3 +26,7 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("bkd_fast", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, BKDFastWarning, stacklevel=level)
+
+
+class StateFileError(RuntimeError):
+    """A saved state cannot be written, or what is on disk is not what was saved; the message names the file and why."""

@@ -325,7 +325,9 @@ def sketch_deviance_quantile(tiles: Tiles, level: Tensor) -> Tensor:
         ValueError: another shape or dtype.
     """
     if level.dtype != torch.float64 or level.shape != tiles.counts.shape:
-        raise ValueError(f"level is {level.dtype} {tuple(level.shape)}: must be torch.float64 {tuple(tiles.counts.shape)}")
+        raise ValueError(
+            f"level is {level.dtype} {tuple(level.shape)}: must be torch.float64 {tuple(tiles.counts.shape)}"
+        )
     out: Tensor = torch.ops.bkd_fast.sketch_deviance_quantile(*tiles, level)
     return out
 

@@ -180,7 +180,9 @@ def test_bad_sizes(arguments: tuple[int, int, int], message: str) -> None:
 def test_picked_codes_are_those_of_the_histogram(isa: str, rows: int, classes: int) -> None:
     """Cells that pick every class sketch what the histogram holds, whatever the batches; the reference agrees to a rounding."""
     logits = draws_with_everything(rows, classes, seed=7)
-    picked = torch.stack([torch.randperm(classes, generator=torch.Generator().manual_seed(r)) for r in range(rows)]).int()
+    picked = torch.stack(
+        [torch.randperm(classes, generator=torch.Generator().manual_seed(r)) for r in range(rows)]
+    ).int()
     state, tiles = empty_state(rows, classes, 64), empty_tiles(rows, classes, 64)
     for ids in torch.randperm(rows, generator=torch.Generator().manual_seed(8)).split(5):
         found = predictive_update_(state, logits[:, ids], ids, picked=picked)
