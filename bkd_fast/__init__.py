@@ -11,7 +11,7 @@ from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteEr
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Draws, PosteriorPredictive
-from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule
+from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule, mean_model
 from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
 from bkd_fast.sketch import QuantileSketch
 from bkd_fast.stacked import StackedModule
@@ -45,6 +45,7 @@ __all__ = [
     "StepSize",
     "backends",
     "check_sampler",
+    "mean_model",
     "noise",
     "ops",
     "sample",
