@@ -16,6 +16,10 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run here; the message says what is missing and how to get it."""
 
 
+class MissingLibraryError(ImportError):
+    """A library that only this call needs is not installed; the message says how to get it."""
+
+
 class KernelError(RuntimeError):
     """A GPU kernel cannot be compiled or loaded; the message names it, the architecture and what the compiler said."""
 

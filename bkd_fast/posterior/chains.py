@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bkd_fast.ops.sketch import Tiles, empty_tiles, sketch_merge_, sketch_update_
 
+BINS = 128  # of the histograms, twice the usual: R-hat sees what lies within them (docs/streaming.md)
 SEGMENTS = 4  # of a chain whose length is not known; they grow by doubling
 FIRST_SEGMENT = 16  # draws
 BATCHES = 64  # sums of consecutive draws that a chain keeps, between half of them and all in use
@@ -41,14 +42,12 @@ class ChainRecord:
     trace: Tensor | None  # int16 (N, at least the draws): codes of the first cell
 
     @classmethod
-    def empty(
-        cls, rows: int, cells: int, bins: int, num_draws: int | None, traced: bool, device: torch.device
-    ) -> "ChainRecord":
+    def empty(cls, rows: int, cells: int, num_draws: int | None, traced: bool, device: torch.device) -> "ChainRecord":
         """num_draws: how many are expected; two segments then, its halves."""
         segments, length = (SEGMENTS, FIRST_SEGMENT) if num_draws is None else (2, -(-num_draws // 2))
         integers = torch.zeros(rows, cells, dtype=torch.int64, device=device)
         return cls(
-            [empty_tiles(rows, cells, bins, device) for _ in range(segments)],
+            [empty_tiles(rows, cells, BINS, device) for _ in range(segments)],
             length,
             torch.zeros(rows, cells, BATCHES, dtype=torch.int32, device=device),
             1,
@@ -114,8 +113,8 @@ class ChainRecord:
             for first, second in zip(self.segments[::2], self.segments[1::2], strict=True):
                 sketch_merge_(first, second)
                 joined.append(first)
-            rows, cells, bins = len(self.counts), first.row_cells, first.counters.shape[1]
-            self.segments = joined + [empty_tiles(rows, cells, bins, self.counts.device) for _ in range(half)]
+            rows, cells = len(self.counts), first.row_cells
+            self.segments = joined + [empty_tiles(rows, cells, BINS, self.counts.device) for _ in range(half)]
             self.length *= 2
         while self.batch < batch:
             pairs = self.batches[..., ::2] + self.batches[..., 1::2]
@@ -178,9 +177,7 @@ def chains_to_dict(chains: Mapping[Piece, ChainRecord]) -> dict[str, Tensor]:
     return arrays
 
 
-def chains_from_dict(
-    state: Mapping[str, Tensor | int], rows: int, bins: int, device: torch.device
-) -> dict[Piece, ChainRecord]:
+def chains_from_dict(state: Mapping[str, Tensor | int], rows: int, device: torch.device) -> dict[Piece, ChainRecord]:
     """The inverse of `chains_to_dict`, as copies on `device`.
 
     Raises:
@@ -192,8 +189,8 @@ def chains_from_dict(
     cells = check_tensor(state, "watched", torch.int32, (rows, None)).shape[1]
     chains = {}
     for i, (run, chain, cycle, start, segments, length, batch, traced) in enumerate(table.tolist()):
-        record = ChainRecord.empty(rows, cells, bins, None, bool(traced), device)
-        record.segments = [empty_tiles(rows, cells, bins, device) for _ in range(segments)]
+        record = ChainRecord.empty(rows, cells, None, bool(traced), device)
+        record.segments = [empty_tiles(rows, cells, BINS, device) for _ in range(segments)]
         record.length, record.batch = length, batch
         for name, tensor in record.tensors().items():
             key = f"chain{i}.{name}"

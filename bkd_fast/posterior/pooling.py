@@ -9,9 +9,9 @@ from torch import Tensor
 from bkd_fast.collectives import broadcast_, gather, processes, rank, reduce_max_, reduce_min_, reduce_sum_
 from bkd_fast.ops.predictive import SMALLEST_REFERENCE, PredictiveState
 from bkd_fast.ops.sketch import TILE_CELLS, Tiles, empty_tiles, level_of, sketch_histogram
-from bkd_fast.posterior.chains import ChainRecord, Piece
+from bkd_fast.posterior.chains import BINS, ChainRecord, Piece
 
-CHUNK_CELLS = 2**19  # at a time: their histograms are 128 MB
+CHUNK_CELLS = 2**17  # at a time: float64 arrays of them stay in the cache
 
 Group = dist.ProcessGroup | None
 
@@ -35,6 +35,47 @@ def chunks(rows: int, row_cells: int) -> list[slice]:
     """All rows, as many at a time as have CHUNK_CELLS cells."""
     step = max(1, CHUNK_CELLS // row_cells)
     return [slice(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
+
+
+# ---- two states ----
+
+
+def merge_moments_(mine: PredictiveState, theirs: PredictiveState, keep: bool) -> None:
+    """Take the moments, entropies and divergences of another state on the same device; counts stay, for the sketches to pool.
+
+    keep: where both have draws of a row, the divergences are taken from our reference; else from theirs.
+    """
+    classes = mine.tiles.row_cells
+    n, m = mine.tiles.counts.double(), theirs.tiles.counts.double()
+    ours = (n > 0) & (keep | (m == 0))
+    for rows in chunks(len(n), classes):
+        cells = slice(rows.start * classes, rows.stop * classes)
+        mean, m2, reference = (array[cells].view(-1, classes) for array in (mine.mean, mine.m2, mine.reference))
+        other_mean, other_m2, other = (
+            array[cells].view(-1, classes) for array in (theirs.mean, theirs.m2, theirs.reference)
+        )
+        kept = torch.where(ours[rows, None], reference, other)
+        mine.divergence[rows] += torch.where(ours[rows], 0.0, n[rows] * _shift(mean, reference, kept))
+        added = torch.where(ours[rows], m[rows] * _shift(other_mean, other, kept), 0.0)
+        mine.divergence[rows] += torch.where(m[rows] > 0, theirs.divergence[rows] + added, 0.0)
+        reference.copy_(kept)
+        # Chan's merge
+        share = (m[rows] / (n + m)[rows].clamp_min(1))[:, None]
+        difference = other_mean.double() - mean
+        m2.add_((difference.square() * (n[rows, None] * share)).add_(other_m2).float())
+        mean.add_(difference.mul_(share).float())
+    mine.entropy.add_(theirs.entropy)
+    mine.invalid.add_(theirs.invalid)
+
+
+def _shift(mean: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """What a draw's divergence changes by, on average, with another reference; all (rows, classes), float64 (rows,).
+
+    E KL(p || s) = E KL(p || r) + sum_k mean_k (log r_k - log s_k) - r_k + s_k, exactly.
+    """
+    old, new = (array.double().clamp_min(SMALLEST_REFERENCE) for array in (reference, target))
+    logs = old.log().sub_(new.log())
+    return (logs.mul_(mean).sub_(old).add_(new)).sum(1)
 
 
 # ---- shards of rows ----
@@ -178,11 +219,10 @@ def pool_moments_(state: PredictiveState, order: int, group: Group) -> None:
         share = (counts[rows] / pooled[rows].clamp_min(1))[:, None]
         together = reduce_sum_(mean * share, group)
         m2 = state.m2[cells].view(shape).double() + counts[rows, None] * (mean - together).square()
-        reference = state.reference[cells].view(shape).double().clamp_min(SMALLEST_REFERENCE)
+        reference = state.reference[cells].view(shape).double()
         mine = (owner[rows] == order) & (counts[rows] > 0)
-        target = reduce_sum_(torch.where(mine[:, None], reference, 0.0), group).clamp_min(SMALLEST_REFERENCE)
-        # E KL(p || s) = E KL(p || r) + sum_k mean_k (log r_k - log s_k) - r_k + s_k
-        shift = (mean * (reference.log() - target.log()) - reference + target).sum(1)
+        target = reduce_sum_(torch.where(mine[:, None], reference, 0.0), group)
+        shift = _shift(mean, reference, target)
         divergence[rows] += torch.where(counts[rows] > 0, counts[rows] * shift, 0.0)
         state.mean[cells] = together.flatten().float()
         state.m2[cells] = reduce_sum_(m2, group).flatten().float()
@@ -193,7 +233,7 @@ def pool_moments_(state: PredictiveState, order: int, group: Group) -> None:
 
 
 def pool_chains(
-    chains: dict[Piece, ChainRecord], rows: int, bins: int, device: torch.device, group: Group
+    chains: dict[Piece, ChainRecord], rows: int, device: torch.device, group: Group
 ) -> dict[Piece, ChainRecord]:
     """Every process's pieces, on each."""
     shapes = {
@@ -205,8 +245,8 @@ def pool_chains(
         for piece, (segments, length, batch, cells, traced) in theirs.items():
             record = chains.get(piece) if source == rank(group) else None
             if record is None:
-                record = ChainRecord.empty(rows, cells, bins, None, False, device)
-                record.segments = [empty_tiles(rows, cells, bins, device) for _ in range(segments)]
+                record = ChainRecord.empty(rows, cells, None, False, device)
+                record.segments = [empty_tiles(rows, cells, BINS, device) for _ in range(segments)]
                 record.length, record.batch = length, batch
                 record.trace = torch.zeros(rows, traced, dtype=torch.int16, device=device) if traced else None
             for tensor in record.tensors().values():

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from bkd_fast.collectives import gather, rank, reduce_sum_
 from bkd_fast.errors import StateFileError, warn
 from bkd_fast.ops.predictive import (
-    SMALLEST_REFERENCE,
     PickedCodes,
     PredictiveState,
     Rows,
@@ -37,10 +36,13 @@ from bkd_fast.posterior.chains import ChainRecord, Piece, chains_from_dict, chai
 from bkd_fast.posterior.classes import ChosenClasses, Track
 from bkd_fast.posterior.diagnostics import Diagnostics
 from bkd_fast.posterior.evaluation import Draw, RowOrder, batches_of, check_loader, evaluating, logits_of_snapshots
+from bkd_fast.posterior.export import to_html
+from bkd_fast.posterior.plots import Plots
 from bkd_fast.posterior.pooling import (
     join_records,
     join_states_,
     join_tiles,
+    merge_moments_,
     pool_chains,
     pool_moments_,
     pool_tiles_,
@@ -354,7 +356,7 @@ class PosteriorPredictive(PredictiveSummary):
             draws.setdefault(piece, []).append(w)
             if piece not in self._chains:
                 self._chains[piece] = ChainRecord.empty(
-                    self.num_rows, codes.shape[2], self.bins, self._num_draws, self._traced, self.device
+                    self.num_rows, codes.shape[2], self._num_draws, self._traced, self.device
                 )
         for piece, mine in draws.items():
             self._chains[piece].add(codes[mine], picked.valid[mine], picked.order)
@@ -405,6 +407,20 @@ class PosteriorPredictive(PredictiveSummary):
         self._number_draws()
         return self._streams.items()
 
+    @property
+    def plot(self) -> Plots:
+        """Figures: `.intervals()`, `.reliability(labels)`, `.risk_coverage(labels)`, `.convergence()`."""
+        return Plots(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+    @property
+    def has_diagnostics(self) -> bool:
+        """Whether `diagnostics()` has something to say."""
+        self.flush()
+        return bool(self._chains)
+
     def diagnostics(self) -> Diagnostics:
         """Whether the chains agree, and what their draws are worth, at the diagnostic classes.
 
@@ -441,42 +457,13 @@ class PosteriorPredictive(PredictiveSummary):
         self._streams.check_disjoint(other._streams)
         theirs, sketch = state_on(theirs, self.device), tiles_on(other._sketch, self.device)
         check_room(mine.tiles.counts, theirs.tiles.counts)
-        n, m = mine.tiles.counts.double(), theirs.tiles.counts.double()
-        self._merge_divergence(theirs, keep=self._streams.items() <= other._streams.items())
-        mean, other_mean = self._cells(mine.mean), self._cells(theirs.mean).double()
-        share = (m / (n + m).clamp_min(1))[:, None]
-        difference = other_mean - mean
-        self._cells(mine.m2).add_((self._cells(theirs.m2).double() + difference.square() * n[:, None] * share).float())
-        mean.add_((difference * share).float())
-        mine.entropy.add_(theirs.entropy)
-        mine.invalid.add_(theirs.invalid)
+        merge_moments_(mine, theirs, keep=self._streams.items() <= other._streams.items())
         sketch_merge_(self._sketch, sketch)
         if self._tracked is not None:
             mine.tiles.counts.add_(theirs.tiles.counts)
         self._chains.update({piece: record.on(self.device) for piece, record in other._chains.items()})
         self._most_held += other._most_held
         self._streams.update(other._streams)
-
-    def _merge_divergence(self, theirs: PredictiveState, keep: bool) -> None:
-        """Pool the divergences, both taken from one reference: ours, if `keep`, where both have draws.
-
-        E KL(p || s) = E KL(p || r) + sum_k mean_k (log r_k - log s_k) - r_k + s_k, exactly.
-        """
-
-        def moved(state: PredictiveState, target: Tensor) -> Tensor:
-            mean = self._cells(state.mean).double()
-            reference = self._cells(state.reference).double().clamp_min(SMALLEST_REFERENCE)
-            shift = mean * (reference.log() - target.log()) - reference + target
-            return torch.where(state.tiles.counts > 0, state.divergence + state.tiles.counts * shift.sum(1), 0.0)
-
-        mine = self._state
-        ours = mine.tiles.counts > 0
-        if not keep:
-            ours &= theirs.tiles.counts == 0
-        reference = torch.where(ours[:, None], self._cells(mine.reference), self._cells(theirs.reference))
-        target = reference.double().clamp_min(SMALLEST_REFERENCE)
-        mine.divergence.copy_(moved(mine, target) + moved(theirs, target))
-        self._cells(mine.reference).copy_(reference)
 
     def merge_across_(self, group: dist.ProcessGroup | None = None) -> None:
         """Pool the posteriors of all processes of a group, each of other draws for the same rows: every process then has all.
@@ -511,7 +498,7 @@ class PosteriorPredictive(PredictiveSummary):
         pool_moments_(state, order, group)
         pool_tiles_(self._sketch, group)
         state.tiles.counts.copy_(self._sketch.counts)
-        self._chains = pool_chains(self._chains, self.num_rows, self.bins, self.device, group)
+        self._chains = pool_chains(self._chains, self.num_rows, self.device, group)
         self._streams = pooled
         self._most_held = self._look_for_most()
 
@@ -631,7 +618,7 @@ class PosteriorPredictive(PredictiveSummary):
         streams = Streams.from_tensor(rows)
         stream = check_stream((int(state["run"]), int(state["chain"])))
         classes = self._classes.loaded(state)
-        chains = chains_from_dict(state, self.num_rows, self.bins, self.device)
+        chains = chains_from_dict(state, self.num_rows, self.device)
         self._pending = None
         for name, tensor in own.items():
             tensor.copy_(loaded[name])

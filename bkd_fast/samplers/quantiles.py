@@ -18,9 +18,7 @@ Places = dict[str, tuple[dict[str, Any], int]]
 
 def places_of(groups: list[dict[str, Any]]) -> Places:
     """Where each named parameter is."""
-    return {
-        name: (group, position) for group in groups for position, name in enumerate(group.get("param_names") or ())
-    }
+    return {name: (group, position) for group in groups for position, name in enumerate(group.get("param_names") or ())}
 
 
 class ParameterQuantiles:

@@ -697,7 +697,9 @@ class Sampler(torch.optim.Optimizer):
         check_counting(start, every)
         places = places_of(self.param_groups)
         if not names or (unknown := sorted({*names} - {*places})):
-            raise ValueError(f"names = {list(names)!r}: must be some of the sampler's parameter names, {listed([*places])}")
+            raise ValueError(
+                f"names = {list(names)!r}: must be some of the sampler's parameter names, {listed([*places])}"
+            )
         for name in dict.fromkeys(names):
             for setting in ("capturable", "step_in_backward"):
                 if places[name][0][setting]:
@@ -789,7 +791,9 @@ class Sampler(torch.optim.Optimizer):
             matched = _matched_by_name(given, self.param_groups)
             tracked = {*matched.get("quantiles", {}).get("names", ())}
             if foreign := sorted(tracked - {*places_of(self.param_groups)}):
-                raise ValueError(f"the state has quantiles of {listed(foreign)}: must be parameter names of this sampler")
+                raise ValueError(
+                    f"the state has quantiles of {listed(foreign)}: must be parameter names of this sampler"
+                )
             self._loaded = matched, [[self._centers.get(n) for n in g["parameter_ids"]] for g in self.param_groups]
             return matched
 

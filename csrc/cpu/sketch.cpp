@@ -77,20 +77,42 @@ const std::vector<float>& probability_of_codes() {
   return table;
 }
 
-// Whether both tiles count already, at one and the same level before and after: then counters just add.
-bool adds_plainly(const SketchTiles& s, const SketchTiles& other, int64_t first_cell) {
+// Whether all cells of the tile count already, in both sketches.
+bool counts_everywhere(const SketchTiles& s, const SketchTiles& other, int64_t first_cell) {
   const int bins = bins_of(s);
   const int64_t end = first_cell + kTileCells;
   if (end > cells_of(s)) return false;
   for (int64_t row = first_cell / s.row_cells; row * s.row_cells < end; ++row)
     if (s.counts[row] <= bins || other.counts[row] <= bins) return false;
-  for (int64_t c = first_cell; c < end; ++c) {
-    const int level = level_of(s.minimum[c], s.maximum[c], s.log2_bins);
-    const int min = std::min(s.minimum[c], other.minimum[c]), max = std::max(s.maximum[c], other.maximum[c]);
-    if (level != level_of(other.minimum[c], other.maximum[c], s.log2_bins) || level != level_of(min, max, s.log2_bins))
-      return false;
-  }
   return true;
+}
+
+// Brings a counting cell, whose column starts at `column`, to a coarser level.
+void coarsen_cell(uint16_t* column, int min, int max, int to_level, int log2_bins) {
+  const int level = level_of(min, max, log2_bins), bins = 1 << log2_bins;
+  if (level == to_level) return;
+  uint16_t own[kMaxBins], coarser[kMaxBins] = {};
+  read_column(column, bins, own);
+  rescale(own, min, max, level, to_level, bins, coarser);
+  write_column(column, bins, coarser);
+}
+
+// A tile where everything counts: the few cells whose level rises go one by one, and then the counters just add.
+void merge_counting_tile(const SketchTiles& s, const SketchTiles& other, int64_t first_cell) {
+  const int size = bins_of(s) * kTileCells;
+  uint16_t* to = column_of(s, first_cell);
+  uint16_t from[kMaxBins * kTileCells];
+  std::copy_n(column_of(other, first_cell), size, from);
+  for (int i = 0; i < kTileCells; ++i) {
+    const int64_t c = first_cell + i;
+    const int min = std::min(s.minimum[c], other.minimum[c]), max = std::max(s.maximum[c], other.maximum[c]);
+    const int level = level_of(min, max, s.log2_bins);
+    coarsen_cell(to + i, s.minimum[c], s.maximum[c], level, s.log2_bins);
+    coarsen_cell(from + i, other.minimum[c], other.maximum[c], level, s.log2_bins);
+    s.minimum[c] = static_cast<int16_t>(min);
+    s.maximum[c] = static_cast<int16_t>(max);
+  }
+  for (int i = 0; i < size; ++i) to[i] = static_cast<uint16_t>(to[i] + from[i]);
 }
 
 }  // namespace
@@ -144,18 +166,11 @@ void sketch_histogram(const SketchTiles& sketch, int64_t begin, int64_t end, con
 
 void sketch_merge(const SketchTiles& sketch, const SketchTiles& other, int threads) {
   const int64_t tiles = tiles_of(sketch), cells = cells_of(sketch);
-  const int bins = bins_of(sketch);
   parallel_for((tiles + kTilesPerTask - 1) / kTilesPerTask, threads, [&](int64_t task) {
     for (int64_t tile = task * kTilesPerTask; tile < std::min(tiles, (task + 1) * kTilesPerTask); ++tile) {
       const int64_t first = tile * kTileCells, end = std::min(cells, first + kTileCells);
-      if (adds_plainly(sketch, other, first)) {
-        uint16_t* to = column_of(sketch, first);
-        const uint16_t* from = column_of(other, first);
-        for (int i = 0; i < bins * kTileCells; ++i) to[i] = static_cast<uint16_t>(to[i] + from[i]);
-        for (int64_t c = first; c < end; ++c) {
-          sketch.minimum[c] = std::min(sketch.minimum[c], other.minimum[c]);
-          sketch.maximum[c] = std::max(sketch.maximum[c], other.maximum[c]);
-        }
+      if (counts_everywhere(sketch, other, first)) {
+        merge_counting_tile(sketch, other, first);
       } else {
         for (int64_t c = first; c < end; ++c)
           merge_cell(sketch, other, c, sketch.counts[c / sketch.row_cells], other.counts[c / sketch.row_cells]);

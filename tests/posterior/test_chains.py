@@ -22,7 +22,7 @@ def draws_of(number: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def filled(codes: Tensor, valid: Tensor, windows: int, num_draws: int | None = None) -> ChainRecord:
-    record = ChainRecord.empty(ROWS, CELLS, 64, num_draws, True, CPU)
+    record = ChainRecord.empty(ROWS, CELLS, num_draws, True, CPU)
     for begin in range(0, len(codes), windows):
         window = slice(begin, begin + windows)
         for rows in (torch.tensor([0, 3]), torch.tensor([1, 2, 4, ROWS])):  # the last one is left out
@@ -38,7 +38,7 @@ def tiles_hold(tiles: Tiles, row: int, codes: np.ndarray) -> bool:
     counts, first, last = (array[0].numpy() for array in sketch_histogram(tiles, row, row + 1))
     return all(
         counts[c, b] == ((codes[:, c] >= first[c, b]) & (codes[:, c] <= last[c, b])).sum()
-        for c, b in np.ndindex(CELLS, 64)
+        for c, b in np.ndindex(CELLS, 128)
     )
 
 
@@ -93,7 +93,7 @@ def test_saved_and_loaded() -> None:
         Piece(3, 0, 2, 0): filled(codes[:50], valid[:50], 32),
     }
     state = {**chains_to_dict(chains), "watched": torch.zeros(ROWS, CELLS, dtype=torch.int32)}
-    loaded = chains_from_dict(state, ROWS, 64, CPU)
+    loaded = chains_from_dict(state, ROWS, CPU)
     assert loaded.keys() == chains.keys()
     for piece, record in chains.items():
         assert_same(loaded[piece], record)
@@ -105,9 +105,9 @@ def test_saved_and_loaded() -> None:
         ({"chain0.trace": 3}, "chain0.trace: int: must be"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            chains_from_dict({**state, **change}, ROWS, 64, CPU)
+            chains_from_dict({**state, **change}, ROWS, CPU)
     with pytest.raises(ValueError, match=r"state lacks chain0\.batches"):
-        chains_from_dict({k: v for k, v in state.items() if k != "chain0.batches"}, ROWS, 64, CPU)
+        chains_from_dict({k: v for k, v in state.items() if k != "chain0.batches"}, ROWS, CPU)
 
 
 def test_shards_of_rows_join_whatever_their_lengths() -> None:

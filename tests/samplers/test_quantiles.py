@@ -15,7 +15,9 @@ def network() -> nn.Sequential:
 
 
 def chain(model: nn.Module, **settings) -> bkd.SGLD:
-    return bkd.SGLD(model.named_parameters(), **{"lr": 0.05, "num_data": 50, "prior_precision": 1.0, "seed": 0, **settings})
+    return bkd.SGLD(
+        model.named_parameters(), **{"lr": 0.05, "num_data": 50, "prior_precision": 1.0, "seed": 0, **settings}
+    )
 
 
 def step(model: nn.Module, sampler: bkd.SGLD, index: int) -> None:
@@ -83,14 +85,18 @@ def test_an_element_that_does_not_move_has_its_value_for_quantile() -> None:
         sampler.zero_grad()
         (0 * sum(p.sum() for p in model.parameters())).backward()
         sampler.step()
-    torch.testing.assert_close(sampler.quantiles("0.weight").quantile(0.5), model[0].weight.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        sampler.quantiles("0.weight").quantile(0.5), model[0].weight.detach(), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_bad_tracking() -> None:
     model = network()
     sampler = chain(model)
     for names in ([], ["0.weight", "3.weight"]):
-        with pytest.raises(ValueError, match=r"names = .*: must be some of the sampler's parameter names, 0\.weight, 0\.bias"):
+        with pytest.raises(
+            ValueError, match=r"names = .*: must be some of the sampler's parameter names, 0\.weight, 0\.bias"
+        ):
             sampler.track_quantiles(names)
     with pytest.raises(ValueError, match="start = -1"):
         sampler.track_quantiles(["0.weight"], start=-1)
