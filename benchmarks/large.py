@@ -83,9 +83,8 @@ def main() -> None:
     cells, size = rows * classes, state_bytes(ours)
     print(f"{rows:,} x {classes:,} cells, track = {arguments.track}, {native.isa()}, {torch.get_num_threads()} threads")
     print("update, ns per cell and draw, window by window: " + ", ".join(f"{t:.2f}" for t in times))
-    print(
-        f"state: {size / 1e9:.3f} GB, {size / cells:.1f} bytes per cell; peak beyond the start: {(peak_bytes() - before) / 1e9:.3f} GB"
-    )
+    peak = (peak_bytes() - before) / 1e9
+    print(f"state: {size / 1e9:.3f} GB, {size / cells:.1f} bytes per cell; peak beyond the start: {peak:.3f} GB")
     print(f"quantile: {1e9 * seconds(lambda: ours.quantile(0.975)) / cells:.1f} ns per cell")
     if arguments.diagnostics:
         print(f"diagnostics: {seconds(lambda: ours.diagnostics().sentence()):.1f} s; {ours.diagnostics().sentence()}")

@@ -122,7 +122,7 @@ def test_the_guard_of_the_counters() -> None:
 
 def test_bad_input() -> None:
     for resolution in (0.0, -1.0, float("nan"), torch.tensor([1.0, 0.0])):
-        with pytest.raises(ValueError, match="resolution = .*must be positive and finite"):
+        with pytest.raises(ValueError, match=r"resolution = .*must be positive and finite"):
             QuantileSketch((2,), resolution)
     with pytest.raises(ValueError, match=r"center has shape \(3,\): must broadcast to \(2,\)"):
         QuantileSketch((2,), 1.0, torch.zeros(3))
@@ -131,7 +131,7 @@ def test_bad_input() -> None:
     sketch = QuantileSketch((2,), 1.0)
     with pytest.raises(ValueError, match=r"values have shape \(3,\): must be \(2,\) or"):
         sketch.update(torch.zeros(3))
-    with pytest.raises(TypeError, match="values have dtype torch.complex64"):
+    with pytest.raises(TypeError, match=r"values have dtype torch\.complex64"):
         sketch.update(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="q = 2"):
         sketch.quantile(2)

@@ -6,6 +6,7 @@ Vehtari and Gelman, Bayesian Analysis 2024 (nested R-hat).
 """
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -98,10 +99,12 @@ def nested_rhat(means: Tensor, variances: Tensor, superchains: Tensor) -> Tensor
     Raises:
         ValueError: fewer than two superchains, or unequal sizes.
     """
-    groups, sizes = superchains.unique(return_counts=True)
-    if len(groups) < 2 or len(set(sizes.tolist())) > 1:
-        raise ValueError(f"superchains has groups of {sizes.tolist()} chains: must be at least two, and equally large")
-    of_groups = [(means[superchains == g].double(), variances[superchains == g].double()) for g in groups]
+    sizes = Counter(superchains.tolist())
+    if len(sizes) < 2 or len({*sizes.values()}) > 1:
+        raise ValueError(
+            f"superchains has groups of {[*sizes.values()]} chains: must be at least two, and equally large"
+        )
+    of_groups = [(means[superchains == g].double(), variances[superchains == g].double()) for g in sorted(sizes)]
     centres = torch.stack([mean.mean(0) for mean, _ in of_groups])
     within = torch.stack(
         [variance.mean(0) + (mean.var(0) if len(mean) > 1 else 0.0) for mean, variance in of_groups]
@@ -144,7 +147,8 @@ def batch_means_ess(sums: Tensor, length: int, variances: Tensor) -> tuple[Tenso
     found = []
     for factor in (1, 4):
         number = sums.shape[2] // factor
-        means = sums[..., : number * factor].double().unflatten(2, (number, factor)).sum(3) / (length * factor)
+        grouped = sums[..., : number * factor].double().reshape(*sums.shape[:2], number, factor)
+        means = grouped.sum(3) / (length * factor)
         # the mean of a chain's N draws has the variance of the batch means by N / b; one of independent draws, variance / N
         ratio = variances.double().mean(0) / means.var(2).mean(0)
         found.append(torch.where(variances.mean(0) > 0, len(sums) * number * ratio, torch.nan))
@@ -164,7 +168,8 @@ def trace_ess(traces: Tensor, *, rank: bool = False) -> Tensor:
     half = traces.shape[1] // 2
     split = torch.cat([traces[:, :half], traces[:, -half:]]).double()
     step = max(1, 2**22 // (split.shape[0] * split.shape[1]))
-    return torch.cat([_geyer_ess(_scores(part) if rank else part) for part in split.split(step, dim=2)])
+    parts = [split[..., begin : begin + step] for begin in range(0, split.shape[2], step)]
+    return torch.cat([_geyer_ess(_scores(part) if rank else part) for part in parts])
 
 
 def _scores(traces: Tensor) -> Tensor:
@@ -173,7 +178,8 @@ def _scores(traces: Tensor) -> Tensor:
     ascending = flat.sort(1).values
     left, right = (torch.searchsorted(ascending, flat, right=after) for after in (False, True))
     ranks = (left + right + 1).double() / 2
-    return torch.special.ndtri((ranks - 0.375) / (flat.shape[1] + 0.25)).T.reshape(traces.shape)
+    scores: Tensor = torch.special.ndtri((ranks - 0.375) / (flat.shape[1] + 0.25))
+    return scores.T.reshape(traces.shape)
 
 
 def _geyer_ess(traces: Tensor) -> Tensor:
@@ -186,7 +192,7 @@ def _geyer_ess(traces: Tensor) -> Tensor:
     plus = covariance[0] + (traces.mean(1).var(0) if chains > 1 else 0.0)
     correlation = 1 - (within - covariance) / plus
     correlation[0] = 1
-    pairs = correlation[: draws // 2 * 2].unflatten(0, (-1, 2))
+    pairs = correlation[: draws // 2 * 2].reshape(draws // 2, 2, -1)
     even, pair = pairs[:, 0], pairs.sum(1)
     # pairs up to the first that is not positive, or to the last that ArviZ looks at
     last = max(0, -(-(draws - 4) // 2))

@@ -63,8 +63,10 @@ class Diagnostics:
 
     @cached_property
     def rhat(self) -> Tensor:
-        """Rank-normalised split R-hat of all chains, from histograms of 128 bins: within 1.5e-3 of the draws' own (ArviZ's)
-        where that is below 1.06 and the tails are not heavy. A chain whose number of draws was not announced is split at the power of two nearest its middle.
+        """Rank-normalised split R-hat of all chains, from histograms of 128 bins.
+
+        Within 1.5e-3 of the draws' own (ArviZ's) where that is below 1.06 and the tails are not heavy. A chain whose number of
+        draws was not announced is split at the power of two nearest its middle.
         """
         halves = [half for record in self._sorted for half in record.halves()]
         least = torch.stack([half.minimum for half in halves]).amin(0)
@@ -143,7 +145,7 @@ class Diagnostics:
 
     @property
     def ess(self) -> Tensor:
-        """Effective draws of the mean: the least of the batch means' two, and of that between chains where there are four or more."""
+        """Effective draws of the mean: the least of the batch means' two, and of that between chains where there are four."""
         ess = torch.minimum(*self.batch_ess)
         between = self.between_chain_ess
         if between is not None and len(self.records) >= 4:

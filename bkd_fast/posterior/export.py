@@ -119,9 +119,10 @@ def to_arviz(posterior: "PosteriorPredictive", quantiles: Sequence[float] = QUAN
     arviz = _imported("arviz")
     summary = to_xarray(posterior, quantiles)
     groups: dict[str, dict[str, Any]] = {}
+    coords: dict[str, Any] = {}
     if posterior.has_diagnostics and (traces := posterior.diagnostics().traces) is not None:
         groups["posterior"] = {"log_odds": (traces.codes.double() / CODES_PER_UNIT).cpu().numpy()}
-    coords = {"row": traces.rows.cpu().numpy()} if groups else {}
+        coords["row"] = traces.rows.cpu().numpy()
     if hasattr(arviz, "InferenceData"):
         data = arviz.from_dict(**groups, coords=coords, dims={"log_odds": ["row"]}) if groups else arviz.InferenceData()
         with warnings.catch_warnings():

@@ -155,13 +155,13 @@ def draw_reliability(top: "Axes", bottom: "Axes", bins: ReliabilityBins, colour:
     bottom.set_yscale("symlog", linthresh=1)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> "Figure":
     """Without pyplot, whose figures would have to be closed."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ImportError as error:
         raise MissingLibraryError("matplotlib is not installed: pip install 'bkd_fast[export]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def _finite(array: Tensor) -> Any:

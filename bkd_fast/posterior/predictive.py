@@ -83,8 +83,8 @@ class PosteriorPredictive(PredictiveSummary):
     Memory is 144 bytes per cell (64 bins), however many draws; 12 for a class that is not tracked. Quantiles come from a
     histogram of logit(p) whose bins follow the data: the order statistic ceil(q n) is certified to lie within
     `quantile_bounds`, about 2 R / 63 wide on the logit scale at most, R the cell's range (2 R / 127 with 128 bins); up to
-    `bins` draws are kept exactly. Counts and histogram depend only on the multiset of draws, not on their order, split or merges; means, entropies and the
-    mutual information then agree to about 1e-6, variances to 1e-5.
+    `bins` draws are kept exactly. Counts and histogram depend only on the multiset of draws, not on their order, split or
+    merges; means, entropies and the mutual information then agree to about 1e-6, variances to 1e-5.
 
     Every result is float32 on `device`; NaN for rows without draws. Rows need not have equal numbers of draws. A row of a draw
     that holds NaN or +inf, or nothing but -inf, is excluded, counted in `invalid_counts` and warned about once; a class at

@@ -696,7 +696,7 @@ class Sampler(torch.optim.Optimizer):
         """
         check_counting(start, every)
         places = places_of(self.param_groups)
-        if not names or (unknown := sorted({*names} - {*places})):
+        if not names or {*names} - {*places}:
             raise ValueError(
                 f"names = {list(names)!r}: must be some of the sampler's parameter names, {listed([*places])}"
             )

@@ -138,8 +138,8 @@ def test_rows_with_unequal_numbers_of_draws_equal_separate_states(isa: str) -> N
 def test_opcheck() -> None:
     state = empty_state(3, 5, 64)
     arguments = (
-        torch.randn(4, 3, 5), torch.arange(3), torch.arange(3), torch.tensor([[0, 4]] * 3, dtype=torch.int32), *state.tiles[:4], state.mean, state.m2, state.reference,
-        state.invalid, state.entropy, state.divergence,
+        torch.randn(4, 3, 5), torch.arange(3), torch.arange(3), torch.tensor([[0, 4]] * 3, dtype=torch.int32),
+        *state.tiles[:4], state.mean, state.m2, state.reference, state.invalid, state.entropy, state.divergence,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.bkd_fast.predictive_update_.default, arguments)
 

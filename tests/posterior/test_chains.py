@@ -100,7 +100,7 @@ def test_saved_and_loaded() -> None:
     loaded[Piece(3, 0, 2, 0)].add(codes[50:], valid[50:], torch.arange(ROWS))
     assert_same(loaded[Piece(3, 0, 2, 0)], loaded[Piece(2**63 + 5, 1, 0, 10)])
     for change, message in (
-        ({"chain1.total": torch.zeros(ROWS, 3, dtype=torch.int64)}, r"chain1.total: torch.int64 \(5, 3\): must be torch.int64 \(5, 2\)"),
+        ({"chain1.total": torch.zeros(ROWS, 3, dtype=torch.int64)}, r"chain1\.total: torch.int64 \(5, 3\): must be"),
         ({"chains": torch.zeros(1, 7)}, r"chains: torch.float32 \(1, 7\): must be torch.int64 \(\*, 8\)"),
         ({"chain0.trace": 3}, "chain0.trace: int: must be"),
     ):  # fmt: skip

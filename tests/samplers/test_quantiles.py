@@ -112,7 +112,7 @@ def test_bad_tracking() -> None:
     with pytest.raises(ValueError, match=r"capturable = True in the group of 0\.weight: must be False"):
         chain(network(), capturable=True).track_quantiles(["0.weight"])
     unnamed = bkd.SGLD(network().parameters(), lr=0.1, num_data=10)
-    with pytest.raises(ValueError, match="the state has quantiles of 0.weight"):
+    with pytest.raises(ValueError, match=r"the state has quantiles of 0\.weight"):
         unnamed.load_state_dict(sampler.state_dict())
 
 
