@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt
 
-.PHONY: demo test test-all lint bench bench-peers mutants compat torch-suite gpu format clean help
+.PHONY: demo test test-all lint bench bench-large bench-peers mutants compat torch-suite gpu format clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,10 @@ format: $(VENV)/.built  ## let ruff lay out the Python code
 
 bench: $(VENV)/.built  ## every published CPU figure, with its baseline in the same run
 	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-enable --benchmark-columns=median,iqr,rounds
+
+bench-large: $(VENV)/.built  ## the posterior predictive with 50 million cells: 9 GB of memory
+	$(BIN)/python -m benchmarks.large
+	$(BIN)/python -m benchmarks.large --track topk:16 --diagnostics
 
 mutants: $(VENV)/.built  ## break the samplers in known ways and see each noticed by the test that claims it
 	$(BIN)/python -m tests.mutants

@@ -7,12 +7,13 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 from bkd_fast import noise, ops
 from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.distill import KDLoss
-from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteError
+from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Draws, PosteriorPredictive
-from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule
+from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule, mean_model
 from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
+from bkd_fast.sketch import QuantileSketch
 from bkd_fast.stacked import StackedModule
 from bkd_fast.step_size import StepSize, suggest_lr
 
@@ -36,12 +37,15 @@ __all__ = [
     "LinearHeadSampler",
     "NonFiniteError",
     "PosteriorPredictive",
+    "QuantileSketch",
     "SamplerCheck",
     "StackedModule",
+    "StateFileError",
     "StepRecord",
     "StepSize",
     "backends",
     "check_sampler",
+    "mean_model",
     "noise",
     "ops",
     "sample",

@@ -16,6 +16,10 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run here; the message says what is missing and how to get it."""
 
 
+class MissingLibraryError(ImportError):
+    """A library that only this call needs is not installed; the message says how to get it."""
+
+
 class KernelError(RuntimeError):
     """A GPU kernel cannot be compiled or loaded; the message names it, the architecture and what the compiler said."""
 
@@ -26,3 +30,7 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("bkd_fast", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, BKDFastWarning, stacklevel=level)
+
+
+class StateFileError(RuntimeError):
+    """A saved state cannot be written, or what is on disk is not what was saved; the message names the file and why."""

@@ -41,6 +41,7 @@ class Draw:
         run: 64-bit number of this call of `sample`: (run, chain, index) names a draw for ever.
         model: the live network; it moves on with the chain. With chains in a `StackedModule`, one module that shows each chain in
             turn: it is this draw's until the next one.
+        cycle: of the schedule, that the draw was made in; 0 without cycles. Diagnostics take each for a chain.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Draw:
     run: int
     model: nn.Module
     _names: tuple[str, ...] = field(repr=False)
+    cycle: int = 0
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of what differs between draws: the sampled parameters (and batch norm statistics, unless frozen), by name."""
@@ -169,6 +171,7 @@ class _Loop:
         self.movement = _Movement(energy.sampler)
         self.turned: nn.Module | None = None  # of a StackedModule, the network of the chain whose draw it is
         self.steps = 0
+        self.cycle = 0  # of the schedule, that the last step belonged to
 
     def draws(self, warm_start: int, burn_in: int, thin: int, num_draws: int, progress: bool) -> Iterator[Draw]:
         with ExitStack() as stack:
@@ -197,7 +200,7 @@ class _Loop:
                 if self.energy.batch_norm == "recalibrate":
                     self.recalibrate()
                 for k, model in enumerate(self.models()):
-                    draw = Draw(self.steps, chain + k, index, run, model, names)
+                    draw = Draw(self.steps, chain + k, index, run, model, names, self.cycle)
                     for callback in self.callbacks:
                         callback.on_draw(draw)
                     yield draw
@@ -234,6 +237,7 @@ class _Loop:
         if phase == "sampling":
             self.movement.count()
         if self.schedule is not None and phase != "warm_start":
+            self.cycle = getattr(self.schedule, "cycle", 0)
             self.schedule.step()
             self.movement.read_rates()
         if self.steps % CHECKED_STEPS == 0:

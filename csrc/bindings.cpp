@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "cpu/predictive.h"
 #include "cpu/sketch.h"
+#include "cpu/sketch_update.h"
 
 namespace py = pybind11;
 
@@ -219,19 +220,39 @@ void bind_predictive(py::module_& m) {
   m.def("predictive_update", [](Address logits, int64_t draw_stride, int32_t draws, Address rows, Address batch, int64_t size,
                                 Address counters, Address minimum, Address maximum, Address mean, Address m2,
                                 Address reference, Address counts, Address invalid, Address entropy, Address divergence,
-                                int64_t num_rows, int32_t num_classes, int bins, int threads) {
+                                Address picked, int32_t picks, Address codes, Address valid, int64_t num_rows,
+                                int32_t num_classes, int bins, int threads) {
     const bkd::PredictiveState state{pointer<uint16_t>(counters), pointer<int16_t>(minimum), pointer<int16_t>(maximum),
                                      pointer<float>(mean), pointer<float>(m2), pointer<float>(reference),
                                      pointer<int32_t>(counts), pointer<int32_t>(invalid), pointer<double>(entropy),
                                      pointer<double>(divergence), num_rows, num_classes, bkd::log2_of(bins)};
     const bkd::PredictiveWindow window{pointer<float>(logits), draw_stride, draws, pointer<int64_t>(rows),
                                        pointer<int64_t>(batch), size};
-    bkd::predictive_update(state, window, threads);
+    const bkd::PickedCodes picked_codes{pointer<int32_t>(picked), picks, pointer<int16_t>(codes), pointer<uint8_t>(valid)};
+    bkd::predictive_update(state, window, picked_codes, threads);
   }, py::arg("logits"), py::arg("draw_stride"), py::arg("draws"), py::arg("rows"), py::arg("batch"), py::arg("size"),
      py::arg("counters"), py::arg("minimum"), py::arg("maximum"), py::arg("mean"), py::arg("m2"), py::arg("reference"),
-     py::arg("counts"), py::arg("invalid"), py::arg("entropy"), py::arg("divergence"), py::kw_only(), py::arg("num_rows"),
-     py::arg("num_classes"), py::arg("bins"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-     "Adds up to 64 draws of logits of sorted rows to the posterior predictive's state.");
+     py::arg("counts"), py::arg("invalid"), py::arg("entropy"), py::arg("divergence"), py::arg("picked"), py::arg("picks"),
+     py::arg("codes"), py::arg("valid"), py::kw_only(), py::arg("num_rows"), py::arg("num_classes"), py::arg("bins"),
+     py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+     "Adds up to 64 draws of logits of sorted rows to the posterior predictive's state; writes the codes of picked classes.");
+  m.def("sketch_update", [](Address counters, Address minimum, Address maximum, Address counts, Address codes, Address valid,
+                            int32_t draws, Address rows, int64_t size, int64_t num_rows, int64_t row_cells, int bins,
+                            int threads) {
+    bkd::sketch_update(sketch_tiles(counters, minimum, maximum, counts, num_rows, row_cells, bins), pointer<int32_t>(counts),
+                       {pointer<int16_t>(codes), pointer<uint8_t>(valid), draws, pointer<int64_t>(rows), size}, threads);
+  }, py::arg("counters"), py::arg("minimum"), py::arg("maximum"), py::arg("counts"), py::arg("codes"), py::arg("valid"),
+     py::arg("draws"), py::arg("rows"), py::arg("size"), py::kw_only(), py::arg("num_rows"), py::arg("row_cells"),
+     py::arg("bins"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+     "Adds up to 64 draws of codes of sorted rows to the tiles. valid = 0: all draws count.");
+  m.def("sketch_histogram", [](Address counters, Address minimum, Address maximum, Address counts, int64_t begin, int64_t end,
+                               Address least, Address most, Address out, int64_t rows, int64_t row_cells, int bins,
+                               int threads) {
+    bkd::sketch_histogram(sketch_tiles(counters, minimum, maximum, counts, rows, row_cells, bins), begin, end,
+                          pointer<int16_t>(least), pointer<int16_t>(most), pointer<int32_t>(out), threads);
+  }, py::arg("counters"), py::arg("minimum"), py::arg("maximum"), py::arg("counts"), py::arg("begin"), py::arg("end"),
+     py::arg("least"), py::arg("most"), py::arg("out"), py::kw_only(), py::arg("rows"), py::arg("row_cells"), py::arg("bins"),
+     py::arg("threads"), py::call_guard<py::gil_scoped_release>(), "Counts of a range of rows at the level of given codes.");
   m.def("sketch_sort", [](Address counters, Address counts, int64_t rows, int64_t row_cells, int bins, int threads) {
     bkd::sketch_sort(sketch_tiles(counters, 0, 0, counts, rows, row_cells, bins), threads);
   }, py::arg("counters"), py::arg("counts"), py::kw_only(), py::arg("rows"), py::arg("row_cells"), py::arg("bins"),
@@ -252,10 +273,10 @@ void bind_predictive(py::module_& m) {
      py::arg("other_minimum"), py::arg("other_maximum"), py::arg("other_counts"), py::kw_only(), py::arg("rows"),
      py::arg("row_cells"), py::arg("bins"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
      "Adds the other sketch's codes to the first.");
-  m.def("sketch_deviance_quantile", [](Address counters, Address minimum, Address maximum, Address counts, double level,
+  m.def("sketch_deviance_quantile", [](Address counters, Address minimum, Address maximum, Address counts, Address level,
                                        Address out, int64_t rows, int64_t row_cells, int bins, int threads) {
-    bkd::sketch_deviance_quantile(sketch_tiles(counters, minimum, maximum, counts, rows, row_cells, bins), level,
-                                  pointer<float>(out), threads);
+    bkd::sketch_deviance_quantile(sketch_tiles(counters, minimum, maximum, counts, rows, row_cells, bins),
+                                  pointer<double>(level), pointer<float>(out), threads);
   }, py::arg("counters"), py::arg("minimum"), py::arg("maximum"), py::arg("counts"), py::arg("level"), py::arg("out"),
      py::kw_only(), py::arg("rows"), py::arg("row_cells"), py::arg("bins"), py::arg("threads"),
      py::call_guard<py::gil_scoped_release>(), "The weighted deviance quantile of every row.");

@@ -6,7 +6,8 @@ namespace bkd {
 
 constexpr int kMaxDraws = 64;  // of one window: with kMaxBins old codes, still below the 255 that a byte counts
 
-// All arrays over cells are padded to whole tiles of kTileCells; cell = row * classes + class.
+// All arrays over cells are padded to whole tiles of kTileCells; cell = row * classes + class. Without counters (nullptr) there is
+// no histogram: minimum, maximum and log2_bins mean nothing then.
 struct PredictiveState {
   uint16_t* counters;  // [tiles][bins][kTileCells]
   int16_t* minimum;    // [tiles * kTileCells]
@@ -31,6 +32,14 @@ struct PredictiveWindow {
   const int64_t* rows;   // [size] rows of the state, ascending
   const int64_t* batch;  // [size] the batch row of each
   int64_t size;
+};
+
+// Chosen classes of every row, whose codes are wanted besides.
+struct PickedCodes {
+  const int32_t* classes;  // [state's rows][picks], each below the number of classes
+  int32_t picks;
+  int16_t* codes;  // [draws][size][picks], in the order of the window's rows
+  uint8_t* valid;  // [draws][size] whether the draw of the row counts
 };
 
 }  // namespace bkd

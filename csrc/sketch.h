@@ -82,6 +82,52 @@ BKD_HD void merge_cells(Cell a, int count_a, int min_a, int max_a, Cell b, int c
   add_at_level(b, count_b, min_b, max_b, log2_bins, level, merged);
 }
 
+// The draws of a cell at the level of codes least..most, which hold its own, in order from the bin of `least` on. at_level: room,
+// all zeros before.
+template <class Cell, class Room>
+BKD_HD void histogram_of(Cell cell, int count, int min, int max, int log2_bins, int least, int most, Room at_level,
+                         int32_t* counts) {
+  const int bins = 1 << log2_bins, level = level_of(least, most, log2_bins), first = least >> level;
+  if (count) add_at_level(cell, count, min, max, log2_bins, level, at_level);
+  for (int i = 0; i < bins; ++i) counts[i] = at_level[(first + i) & (bins - 1)];
+}
+
+// Adds a window of codes to a cell: code_of_draw(w) where is_valid(w). room: another column, which may be written. Gives the
+// number of draws taken.
+template <class Cell, class Room, class Code, class Valid>
+BKD_HD int add_codes_to(Cell cell, int count, int& min, int& max, int log2_bins, int draws, const Code& code_of_draw,
+                        const Valid& is_valid, Room room) {
+  const int bins = 1 << log2_bins;
+  int least = min, most = max, taken = 0;
+  for (int w = 0; w < draws; ++w)
+    if (is_valid(w)) {
+      const int code = code_of_draw(w);
+      least = code < least ? code : least;
+      most = code > most ? code : most;
+      ++taken;
+    }
+  if (count + taken <= bins) {
+    int at = count;
+    for (int w = 0; w < draws; ++w)
+      if (is_valid(w)) cell[at++] = (uint16_t)code_of_draw(w);
+  } else {
+    const int level = level_of(least, most, log2_bins);
+    if (count <= bins || level != level_of(min, max, log2_bins)) {
+      for (int slot = 0; slot < bins; ++slot) room[slot] = 0;
+      add_at_level(cell, count, min, max, log2_bins, level, room);
+      for (int slot = 0; slot < bins; ++slot) cell[slot] = room[slot];
+    }
+    for (int w = 0; w < draws; ++w)
+      if (is_valid(w)) {
+        uint16_t& counter = cell[slot_of(code_of_draw(w), level, bins)];
+        counter = (uint16_t)(counter + 1);
+      }
+  }
+  min = least;
+  max = most;
+  return taken;
+}
+
 constexpr int kPointsPerBin = 8;  // that stand for a bin's draws, evenly spread over it
 
 // f(code, draws) for every code that the cell keeps, or for the points of its bins.

@@ -95,12 +95,15 @@ BKD_HD CellDraw draw_of(float logit, const DrawStatistics& row) {
   return draw_of(logit, row.maximum, row.total, row.rest, row.inverse_total, row.log_total);
 }
 
-// Takes a valid draw; gives its code.
-BKD_HD int take_draw(CellSums& cell, float logit, const DrawStatistics& row) {
+// Takes a valid draw; gives its code, if it is wanted.
+template <bool coded> BKD_HD int take_draw(CellSums& cell, float logit, const DrawStatistics& row) {
   const CellDraw draw = draw_of(logit, row);
-  const int code = code_of(draw.logit);
-  cell.minimum = code < cell.minimum ? code : cell.minimum;
-  cell.maximum = code > cell.maximum ? code : cell.maximum;
+  int code = 0;
+  if (coded) {
+    code = code_of(draw.logit);
+    cell.minimum = code < cell.minimum ? code : cell.minimum;
+    cell.maximum = code > cell.maximum ? code : cell.maximum;
+  }
   const float deviation = sub(draw.probability, cell.shift);
   cell.sum = add(cell.sum, deviation);
   cell.square_sum = fma(deviation, deviation, cell.square_sum);
@@ -116,10 +119,11 @@ template <class T> BKD_HD Two<T>& two_at(T* p) { return *(Two<T>*)p; }
 
 constexpr int kGroup = 4;  // draws whose logits are loaded together and whose codes wait in registers
 
-// A lane's two cells. one_row: both are of one row (the number of classes is even).
+// A lane's two cells. one_row: both are of one row (the number of classes is even). log2_bins = 0: there is no histogram.
 template <bool one_row, int log2_bins>
 struct Lane {
   static constexpr int bins = 1 << log2_bins;
+  static constexpr bool histogram = log2_bins > 0;
 
   const PredictiveState& state;
   const PredictiveWindow& window;
@@ -153,14 +157,18 @@ struct Lane {
   BKD_MEMBER void take_draws() {
     const Two<float> mean = two_at(state.mean + first_cell), m2 = two_at(state.m2 + first_cell);
     const Two<float> reference = two_at(state.reference + first_cell);
-    const Two<int16_t> minimum = two_at(state.minimum + first_cell), maximum = two_at(state.maximum + first_cell);
+    Two<int16_t> minimum = {}, maximum = {};
+    if (histogram) {
+      minimum = two_at(state.minimum + first_cell);
+      maximum = two_at(state.maximum + first_cell);
+    }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       cell[k].shift = mean.of[k];
       cell[k].sum = cell[k].square_sum = 0.0f;
       cell[k].minimum = minimum.of[k];
       cell[k].maximum = maximum.of[k];
-      level[k] = count[k] > bins ? level_of(minimum.of[k], maximum.of[k], log2_bins) : 0;
+      level[k] = histogram && count[k] > bins ? level_of(minimum.of[k], maximum.of[k], log2_bins) : 0;
       set_reference(cell[k], is_new(k) ? 1.0f : reference.of[k]);  // that of a new cell is its mean, known later
     }
     const bool any_new = is_new(0) || is_new(1);
@@ -252,10 +260,11 @@ struct Lane {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
         if (every_draw_valid || draw[i].row[k].valid) {
-          codes[i] = take_draw(cell[k], draw[i].logit[k], draw[i].row[k]);
+          codes[i] = take_draw<histogram>(cell[k], draw[i].logit[k], draw[i].row[k]);
           ++valid;
         }
-      if (!every_draw_valid && valid == 0) continue;
+      if (!histogram) count[k] += valid;
+      if (!histogram || (!every_draw_valid && valid == 0)) continue;
       const Column column{copy + first_column + k};
       if (count[k] + valid <= bins) {
         int at = count[k];
@@ -299,13 +308,27 @@ struct Lane {
     const float step = mul(cell[k].sum, div(1.0f, (float)count[k])), mean = add(cell[k].shift, step);
     state.mean[at] = mean;
     state.m2[at] = add(m2, fnma(cell[k].sum, step, cell[k].square_sum));
-    state.minimum[at] = (int16_t)cell[k].minimum;
-    state.maximum[at] = (int16_t)cell[k].maximum;
+    if (histogram) {
+      state.minimum[at] = (int16_t)cell[k].minimum;
+      state.maximum[at] = (int16_t)cell[k].maximum;
+    }
     if (!is_new(k)) return;
     set_reference(cell[k], max(mean, kSmallestReference));
     state.reference[at] = cell[k].reference;
   }
 };
+
+// The code of the nth pick of the window's row i in draw w, and whether the draw counts.
+BKD_HD void pick_code(const PredictiveState& state, const PredictiveWindow& window, const PickedCodes& picked,
+                      const StatisticsTable& statistics, int w, int64_t i, int nth) {
+  const int64_t row = window.rows[i], at = w * window.size + i;
+  const bool valid = row < state.rows && statistics.at(w, i).valid;  // a row that is left out does not count
+  if (nth == 0) picked.valid[at] = valid;
+  if (!valid) return;
+  const int32_t c = picked.classes[row * picked.picks + nth];
+  const float logit = window.logits[w * window.draw_stride + window.batch[i] * state.classes + c];
+  picked.codes[at * picked.picks + nth] = (int16_t)code_of(draw_of(logit, statistics.at(w, i)).logit);
+}
 
 // Part `part` of the sum of a tile's divergences over the place's nth row; parts 0 and 1, 2 and 3, and then both make the sum.
 BKD_HD double sum_part(const float* divergence, const TilePlace& place, int classes, int nth, int part) {

@@ -3,8 +3,11 @@
     measure_rows  softmax statistics of every draw and row.
     update_tiles  one program per tile of 64 cells: moments, then codes into the counters by comparing them with every slot: about
                   630 instructions per cell and draw. For machines without CuPy: csrc/cuda/predictive.cu, which increments
-                  counters in shared memory, needs 89.
+                  counters in shared memory, needs 89. Without a histogram, moments only.
+    pick_codes    the codes of chosen classes, for sketches of those alone.
     finish_rows   entropies, divergences and counts of every row.
+
+`update_sketch` adds such codes to the tiles of any sketch.
 
 The arithmetic is csrc/predictive.h's; sums over classes run in another order than on the CPU, so a code may differ by one.
 """
@@ -15,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_CELLS = tl.constexpr(64)
+PICKS_AT_ONCE = 128  # pairs of a row and a picked class
 SMALLEST_REFERENCE = tl.constexpr(2.0**-126)
 
 _LN2_HIGH = tl.constexpr(0.693359375)
@@ -157,45 +161,138 @@ def _divergence_term(p, log_p, reference, inverse_reference, log_reference):
 
 
 @triton.jit
+def pick_codes(
+    logits,
+    draw_stride,
+    rows,
+    batch,
+    size,
+    statistics,
+    picked,
+    picks,
+    codes,
+    valid,
+    num_rows,
+    classes,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (blocks of BLOCK pairs of a row and a pick, draws)."""
+    draw = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = pair // picks
+    pick = pair - place * picks
+    row = tl.load(rows + place, mask=place < size, other=num_rows)
+    here = row < num_rows
+    c = tl.load(picked + row * picks + pick, mask=here, other=0)
+    z = tl.load(
+        logits + draw * draw_stride + tl.load(batch + place, mask=here, other=0) * classes + c, mask=here, other=0.0
+    )
+    counted, logit, _, _ = _draw_of(z, statistics + (draw * size + place) * _FIELDS, here)
+    at = draw * size + place
+    tl.store(codes + at * picks + pick, _code_of(logit).to(tl.int16), mask=counted)
+    tl.store(valid + at, counted.to(tl.int8), mask=(place < size) & (pick == 0))
+
+
+@triton.jit
+def _place_cells(rows, first, size, tile, row, row_cells, search):
+    """The 64 cells of a tile: whose place in the batch, which cell of their row they are, and whether they are in it.
+
+    first: the place of the first row of the batch in the tile; rows ascend, so the nth is at most n places further on.
+    """
+    offset = (tile * TILE_CELLS - row * row_cells).to(tl.int32) + tl.arange(0, TILE_CELLS)
+    nth = tl.maximum(offset, 0) // row_cells
+    wanted = row + nth
+    place = tl.minimum(first + nth, size - 1)
+    for _ in range(search):
+        place = tl.where((place > first) & (tl.load(rows + place) > wanted), place - 1, place)
+    here = (offset >= 0) & (tl.load(rows + place) == wanted)
+    return place, wanted, offset - nth * row_cells, here
+
+
+@triton.jit
+def _owned_tile(rows, num_rows, row_cells):
+    """The tile of this program, the place of its first row in the batch, and whether it owns it: a tile's first row does."""
+    per_row = (row_cells + TILE_CELLS - 2) // TILE_CELLS + 1
+    first = (tl.program_id(0) // per_row).to(tl.int64)
+    row = tl.load(rows + first)
+    tile = row * row_cells // TILE_CELLS + tl.program_id(0) % per_row
+    before = tl.load(rows + first - 1, mask=first > 0, other=-1)
+    owned = (
+        (row < num_rows) & (tile * TILE_CELLS < (row + 1) * row_cells) & ((before + 1) * row_cells <= tile * TILE_CELLS)
+    )
+    return first, row, tile, owned
+
+
+@triton.jit
+def _at_new_level(column, count, pooled, changed, old_least, old_most, least, most, LOG2_BINS: tl.constexpr):
+    """The counters of 64 cells at the level that least..most ask for, (BINS, 64), and that level.
+
+    A code kept so far and a bin of a finer level alike add a value to one slot of their cell.
+    """
+    BINS: tl.constexpr = 1 << LOG2_BINS
+    slots = tl.arange(0, BINS)
+    counting = pooled > BINS
+    counted = count > BINS
+    level = tl.where(counting, _level_of(least, most, LOG2_BINS), 0)
+    old_level = tl.where(counted, _level_of(old_least, old_most, LOG2_BINS), 0)
+    rebuilt = changed & counting & ((level != old_level) | (count <= BINS))
+    kept = tl.load(column[None, :] + slots[:, None] * TILE_CELLS).to(tl.int32)
+    held = tl.where(rebuilt[None, :], 0, kept)
+    if tl.max(rebuilt.to(tl.int32), 0) > 0:
+        first_bin = old_least >> old_level
+        for s in range(BINS):
+            value = tl.load(column + s * TILE_CELLS).to(tl.int32)
+            bin_slot = ((first_bin + ((s - first_bin) & (BINS - 1))) >> (level - old_level)) & (BINS - 1)
+            code_slot = (((value << 16) >> 16) >> level) & (BINS - 1)
+            slot = tl.where(counted, bin_slot, code_slot)
+            amount = tl.where(rebuilt, tl.where(counted, value, (s < count).to(tl.int32)), 0)
+            held += tl.where(slots[:, None] == slot[None, :], amount[None, :], 0)
+    return held, level
+
+
+@triton.jit
+def _with_code(held, code, valid, counting, level, position, LOG2_BINS: tl.constexpr):
+    """The counters with one more draw of each cell: counted, or kept in the slot `position`."""
+    BINS: tl.constexpr = 1 << LOG2_BINS
+    slot = tl.where(counting, (code >> level) & (BINS - 1), position)
+    amount = tl.where(valid, tl.where(counting, 1, code & 0xFFFF), 0)
+    return held + tl.where(tl.arange(0, BINS)[:, None] == slot[None, :], amount[None, :], 0)
+
+
+@triton.jit
+def _store_counters(column, held, changed, LOG2_BINS: tl.constexpr):
+    slots = tl.arange(0, 1 << LOG2_BINS)
+    tl.store(column[None, :] + slots[:, None] * TILE_CELLS, held.to(tl.uint16), mask=changed[None, :])
+
+
+@triton.jit
 def update_tiles(
     logits, draw_stride, draws, rows, batch, size, statistics, divergences, counters, minimum, maximum, mean, m2, reference,
-    counts, num_rows, classes, search, LOG2_BINS: tl.constexpr,
+    counts, num_rows, classes, search, LOG2_BINS: tl.constexpr, HISTOGRAM: tl.constexpr,
 ):  # fmt: skip
     """Grid: for each of `size` rows as many programs as it may touch tiles; a tile's first row in the batch owns it.
 
     search: the most rows that a tile may touch, less one.
     """
     BINS: tl.constexpr = 1 << LOG2_BINS
-    per_row = (classes + TILE_CELLS - 2) // TILE_CELLS + 1
-    first = (tl.program_id(0) // per_row).to(tl.int64)
-    row = tl.load(rows + first)
-    tile = row * classes // TILE_CELLS + tl.program_id(0) % per_row
-    before = tl.load(rows + first - 1, mask=first > 0, other=-1)
-    owned = (row < num_rows) & (tile * TILE_CELLS < (row + 1) * classes) & ((before + 1) * classes <= tile * TILE_CELLS)
+    first, row, tile, owned = _owned_tile(rows, num_rows, classes)
     if owned:
         cells = tl.arange(0, TILE_CELLS)
-        offset = (tile * TILE_CELLS - row * classes).to(tl.int32) + cells
-        nth = tl.maximum(offset, 0) // classes
-        wanted = row + nth
-        # rows ascend, so the nth is at most n places further on
-        place = tl.minimum(first + nth, size - 1)
-        for _ in range(search):
-            place = tl.where((place > first) & (tl.load(rows + place) > wanted), place - 1, place)
-        here = (offset >= 0) & (tl.load(rows + place) == wanted)
-
+        place, wanted, c, here = _place_cells(rows, first, size, tile, row, classes, search)
         at = tile * TILE_CELLS + cells
-        z = logits + tl.load(batch + place) * classes + (offset - nth * classes)
+        z = logits + tl.load(batch + place) * classes + c
         count = tl.load(counts + wanted, mask=here, other=0)
         is_new = count == 0
-        old_least = tl.load(minimum + at).to(tl.int32)
-        old_most = tl.load(maximum + at).to(tl.int32)
 
         # moments of the window about `shift`: the mean so far, or the first draw
         shift = tl.load(mean + at)
         sums = tl.zeros([TILE_CELLS], tl.float32)
         squares = tl.zeros([TILE_CELLS], tl.float32)
-        least = old_least
-        most = old_most
+        if HISTOGRAM:
+            old_least = tl.load(minimum + at).to(tl.int32)
+            old_most = tl.load(maximum + at).to(tl.int32)
+            least = old_least
+            most = old_most
         taken = tl.zeros([TILE_CELLS], tl.int32)
         draw = z
         of_draw = statistics + place * _FIELDS
@@ -203,9 +300,10 @@ def update_tiles(
             valid, logit, p, log_p = _draw_of(tl.load(draw, mask=here, other=0.0), of_draw, here)
             draw += draw_stride
             of_draw += size * _FIELDS
-            code = _code_of(logit)
-            least = tl.where(valid, tl.minimum(least, code), least)
-            most = tl.where(valid, tl.maximum(most, code), most)
+            if HISTOGRAM:
+                code = _code_of(logit)
+                least = tl.where(valid, tl.minimum(least, code), least)
+                most = tl.where(valid, tl.maximum(most, code), most)
             shift = tl.where(valid & is_new & (taken == 0), p, shift)
             deviation = tl.where(valid, p - shift, 0.0)
             sums += deviation
@@ -216,33 +314,17 @@ def update_tiles(
         step = sums * tl.where(changed, 1.0 / tl.maximum(pooled, 1).to(tl.float32), 0.0)
         tl.store(mean + at, shift + step, mask=changed)
         tl.store(m2 + at, tl.load(m2 + at) + tl.fma(-sums, step, squares), mask=changed)
-        tl.store(minimum + at, least.to(tl.int16), mask=changed)
-        tl.store(maximum + at, most.to(tl.int16), mask=changed)
         r = tl.where(is_new, tl.maximum(shift + step, SMALLEST_REFERENCE), tl.load(reference + at))
         tl.store(reference + at, r, mask=changed & is_new)
         r = tl.where(changed, r, 1.0)
         inverse_r = 1.0 / r
         log_r = _log_positive(r)
 
-        # counters: a draw, a code kept so far and a bin of a finer level alike add a value to one slot of their cell
-        slots = tl.arange(0, BINS)
-        column = counters + tile * (BINS * TILE_CELLS) + cells
-        counting = pooled > BINS
-        counted = count > BINS
-        level = tl.where(counting, _level_of(least, most, LOG2_BINS), 0)
-        old_level = tl.where(counted, _level_of(old_least, old_most, LOG2_BINS), 0)
-        rebuilt = changed & counting & ((level != old_level) | (count <= BINS))
-        kept = tl.load(column[None, :] + slots[:, None] * TILE_CELLS).to(tl.int32)
-        held = tl.where(rebuilt[None, :], 0, kept)
-        if tl.max(rebuilt.to(tl.int32), 0) > 0:
-            first_bin = old_least >> old_level
-            for s in range(BINS):
-                value = tl.load(column + s * TILE_CELLS).to(tl.int32)
-                bin_slot = ((first_bin + ((s - first_bin) & (BINS - 1))) >> (level - old_level)) & (BINS - 1)
-                code_slot = (((value << 16) >> 16) >> level) & (BINS - 1)
-                slot = tl.where(counted, bin_slot, code_slot)
-                amount = tl.where(rebuilt, tl.where(counted, value, (s < count).to(tl.int32)), 0)
-                held += tl.where(slots[:, None] == slot[None, :], amount[None, :], 0)
+        if HISTOGRAM:
+            tl.store(minimum + at, least.to(tl.int16), mask=changed)
+            tl.store(maximum + at, most.to(tl.int16), mask=changed)
+            column = counters + tile * (BINS * TILE_CELLS) + cells
+            held, level = _at_new_level(column, count, pooled, changed, old_least, old_most, least, most, LOG2_BINS)
         divergence = tl.zeros([TILE_CELLS], tl.float32)
         position = count
         draw = z
@@ -251,14 +333,53 @@ def update_tiles(
             valid, logit, p, log_p = _draw_of(tl.load(draw, mask=here, other=0.0), of_draw, here)
             draw += draw_stride
             of_draw += size * _FIELDS
-            code = _code_of(logit)
-            slot = tl.where(counting, (code >> level) & (BINS - 1), position)
-            amount = tl.where(valid, tl.where(counting, 1, code & 0xFFFF), 0)
-            held += tl.where(slots[:, None] == slot[None, :], amount[None, :], 0)
+            if HISTOGRAM:
+                held = _with_code(held, _code_of(logit), valid, pooled > BINS, level, position, LOG2_BINS)
             position += valid.to(tl.int32)
             divergence += tl.where(valid, _divergence_term(p, log_p, r, inverse_r, log_r), 0.0)
-        tl.store(column[None, :] + slots[:, None] * TILE_CELLS, held.to(tl.uint16), mask=changed[None, :])
-        tl.store(divergences + place * classes + (offset - nth * classes), divergence * r, mask=here)
+        if HISTOGRAM:
+            _store_counters(column, held, changed, LOG2_BINS)
+        tl.store(divergences + place * classes + c, divergence * r, mask=here)
+
+
+@triton.jit
+def update_sketch(
+    codes, valid, draws, rows, size, counters, minimum, maximum, counts, num_rows, row_cells, search, LOG2_BINS: tl.constexpr,
+):  # fmt: skip
+    """Grid as that of `update_tiles`. codes: (draws, size, row_cells); valid: (draws, size). Counts stay as they are."""
+    BINS: tl.constexpr = 1 << LOG2_BINS
+    first, row, tile, owned = _owned_tile(rows, num_rows, row_cells)
+    if owned:
+        cells = tl.arange(0, TILE_CELLS)
+        place, wanted, c, here = _place_cells(rows, first, size, tile, row, row_cells, search)
+        at = tile * TILE_CELLS + cells
+        count = tl.load(counts + wanted, mask=here, other=0)
+        old_least = tl.load(minimum + at).to(tl.int32)
+        old_most = tl.load(maximum + at).to(tl.int32)
+        least = old_least
+        most = old_most
+        taken = tl.zeros([TILE_CELLS], tl.int32)
+        for w in range(draws):
+            draw = (w * size + place).to(tl.int64)
+            counted = here & (tl.load(valid + draw, mask=here, other=0) != 0)
+            code = tl.load(codes + draw * row_cells + c, mask=counted, other=0).to(tl.int32)
+            least = tl.where(counted, tl.minimum(least, code), least)
+            most = tl.where(counted, tl.maximum(most, code), most)
+            taken += counted.to(tl.int32)
+        changed = taken > 0
+        pooled = count + taken
+        tl.store(minimum + at, least.to(tl.int16), mask=changed)
+        tl.store(maximum + at, most.to(tl.int16), mask=changed)
+        column = counters + tile * (BINS * TILE_CELLS) + cells
+        held, level = _at_new_level(column, count, pooled, changed, old_least, old_most, least, most, LOG2_BINS)
+        position = count
+        for w in range(draws):
+            draw = (w * size + place).to(tl.int64)
+            counted = here & (tl.load(valid + draw, mask=here, other=0) != 0)
+            code = tl.load(codes + draw * row_cells + c, mask=counted, other=0).to(tl.int32)
+            held = _with_code(held, code, counted, pooled > BINS, level, position, LOG2_BINS)
+            position += counted.to(tl.int32)
+        _store_counters(column, held, changed, LOG2_BINS)
 
 
 @triton.jit
@@ -298,14 +419,19 @@ def predictive_update_(
     invalid: Tensor,
     entropy: Tensor,
     divergence: Tensor,
+    picked: Tensor,
+    codes: Tensor,
+    valid: Tensor,
 ) -> None:
-    """Add a window of draws to the state, in place; nothing waits for the device.
+    """Add a window of draws to the state, in place, and write the codes of picked classes; nothing waits for the device.
 
     Args:
         logits: float32 (W, B, C), contiguous but for its first stride.
         rows: int64 (size,), ascending; those that are not below the number of rows of `counts` are left out.
         batch: int64 (size,), the batch row of each.
-        counters ...: the arrays of bkd_fast.ops.predictive.PredictiveState.
+        counters ...: the arrays of bkd_fast.ops.predictive.PredictiveState; no counters: no histogram.
+        picked: int32 (rows of the state, picks).
+        codes, valid: int16 (W, size, picks) and bool (W, size), to be written where there are picks.
     """
     draws, _, classes = logits.shape
     size, num_rows, bins = rows.numel(), counts.numel(), counters.shape[1]
@@ -328,10 +454,51 @@ def predictive_update_(
     tiles_per_row = (classes + 64 - 2) // 64 + 1
     update_tiles[(size * tiles_per_row,)](
         logits, stride, draws, rows, batch, size, statistics, divergences, counters, minimum, maximum, mean, m2, reference,
-        counts, num_rows, classes, 64 // classes + 1, LOG2_BINS=bins.bit_length() - 1,
-        num_warps=bins // 16, enable_fp_fusion=False,
+        counts, num_rows, classes, 64 // classes + 1, LOG2_BINS=bins.bit_length() - 1, HISTOGRAM=len(counters) > 0,
+        num_warps=bins // 16 if len(counters) else 2, enable_fp_fusion=False,
     )  # fmt: skip
+    picks = picked.shape[1]
+    if picks:
+        pick_codes[(triton.cdiv(size * picks, PICKS_AT_ONCE), draws)](
+            logits, stride, rows, batch, size, statistics, picked, picks, codes, valid.view(torch.int8), num_rows, classes,
+            BLOCK=PICKS_AT_ONCE, enable_fp_fusion=False,
+        )  # fmt: skip
     finish_rows[(size,)](
         draws, rows, size, statistics, divergences, counts, invalid, entropy, divergence, num_rows, classes,
         DRAWS=triton.next_power_of_2(draws), BLOCK=block, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def sketch_update_(
+    codes: Tensor,
+    valid: Tensor | None,
+    rows: Tensor,
+    counters: Tensor,
+    minimum: Tensor,
+    maximum: Tensor,
+    counts: Tensor,
+    row_cells: int,
+) -> None:
+    """Add a window of codes to tiles, in place, counts included; nothing waits for the device.
+
+    Args:
+        codes: int16 (W, size, row_cells); valid: bool (W, size), None: all.
+        rows: int64 (size,), ascending; those that are not below the number of rows are left out.
+        counters, minimum, maximum, counts: the arrays of bkd_fast.ops.sketch.Tiles.
+    """
+    draws, size = codes.shape[:2]
+    num_rows, bins = counts.numel(), counters.shape[1]
+    if valid is None:
+        valid = torch.ones(draws, size, dtype=torch.bool, device=codes.device)
+    tiles_per_row = (row_cells + 64 - 2) // 64 + 1
+    update_sketch[(size * tiles_per_row,)](
+        codes, valid.view(torch.int8), draws, rows, size, counters, minimum, maximum, counts, num_rows, row_cells,
+        64 // row_cells + 1, LOG2_BINS=bins.bit_length() - 1, num_warps=bins // 16, enable_fp_fusion=False,
+    )  # fmt: skip
+    add_counts_(counts, rows, valid)
+
+
+def add_counts_(counts: Tensor, rows: Tensor, valid: Tensor) -> None:
+    """Bring the counts of rows up to date, those that are left out excepted."""
+    here = rows < counts.numel()
+    counts.index_add_(0, torch.where(here, rows, 0), (valid & here).sum(0).to(counts.dtype))

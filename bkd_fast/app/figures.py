@@ -14,9 +14,10 @@ from matplotlib.patches import Patch
 
 from bkd_fast.app.results import Results
 from bkd_fast.app.scores import Prediction, errors, reliability, selective
+from bkd_fast.posterior.plots import BLUE, FAINT, ORANGE, draw_reliability
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and by their markers and dashes in grey
-COLOURS = {"teacher": "#6b6b6b", "kd": "#d55e00", "bkd": "#0072b2"}
+COLOURS = {"teacher": "#6b6b6b", "kd": ORANGE, "bkd": BLUE}
 MARKERS = {"teacher": "s", "kd": "^", "bkd": "o"}
 DASHES = {"teacher": (0, (1, 1.2)), "kd": (0, (4, 1.6)), "bkd": "-"}
 # the phases of a chain: what they are called, and their background
@@ -26,7 +27,6 @@ PHASES = {
     "sampling": ("sampling", "#ffffff"),
 }
 INK = "#222222"
-FAINT = "#b5b5b5"
 LABEL_BAND = "#ececec"
 
 STYLE: dict[Any, Any] = {
@@ -51,9 +51,6 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 160,
     "savefig.dpi": 160,
 }
-
-# bins with fewer images are drawn hollow and unconnected
-FEW = 10
 
 # images shown at either end of the ranking by mean deviance
 SHOWN = 4
@@ -150,31 +147,10 @@ def reliability_diagram(results: Results) -> Figure:
     axes = figure.subplots(2, 3, height_ratios=[3, 1], sharex=True, sharey="row")
     for column, prediction in enumerate(results.predictions):
         bins = reliability(prediction, results.images.test_y)
-        edges, filled = bins.edges.numpy(), (bins.count > 0).numpy()
-        confidence, accuracy = bins.confidence.numpy()[filled], bins.accuracy.numpy()[filled]
-        count = bins.count.numpy()
         colour = COLOURS[prediction.key]
         top, bottom = axes[0, column], axes[1, column]
-        top.plot([0, 1], [0, 1], color=FAINT, linewidth=1, zorder=0)
-        # one binomial standard error: bins of a few images say little
-        error = np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / count[filled])
-        for solid in (True, False):
-            here = (count[filled] >= FEW) == solid
-            top.errorbar(
-                confidence[here],
-                accuracy[here],
-                yerr=error[here],
-                color=colour,
-                marker=MARKERS[prediction.key],
-                markersize=4.5,
-                fillstyle="full" if solid else "none",
-                linewidth=1.2 if solid else 0,
-                elinewidth=0.8,
-            )
-        top.set(xlim=(0, 1.02), ylim=(-0.02, 1.04))
+        draw_reliability(top, bottom, bins, colour, MARKERS[prediction.key])
         top.set_title(f"{prediction.name}, ECE {100 * bins.expected_calibration_error:.1f} %", color=colour)
-        bottom.bar(edges[:-1], count, width=np.diff(edges), align="edge", color=colour, alpha=0.55, linewidth=0)
-        bottom.set_yscale("symlog", linthresh=1)
         bottom.set_yticks([0, 10, 1000])
         bottom.set_yticklabels(["0", "10", "1000"])
         bottom.set_xlabel("confidence: probability of the top class")

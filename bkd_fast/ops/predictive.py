@@ -5,6 +5,9 @@ by window) and the histogram of the codes rint(1024 logit(p)), logit(p_c) = z_c 
 the sums of the entropies H[p_s] and of the divergences KL(p_s || r), r the mean of the row's first window (frozen), from
 which the mutual information follows without cancellation: E KL(p || r) - KL(mean || r), each summed as
 r ((1 + x) log(1 + x) - x), x = p / r - 1.
+
+The histogram may be left out; the codes of a few chosen classes of every row can then be had instead, for sketches of those
+alone (`bkd_fast.ops.sketch`), in the same pass.
 """
 
 from typing import NamedTuple
@@ -22,7 +25,7 @@ SMALLEST_REFERENCE = 2.0**-126
 class PredictiveState(NamedTuple):
     """What the draws of (rows, classes) cells have become; arrays over cells are padded to whole tiles of 64."""
 
-    tiles: Tiles  # counts of valid draws in tiles.counts
+    tiles: Tiles  # counts of valid draws in tiles.counts; no tiles at all where there is no histogram
     mean: Tensor  # float32 (tiles * 64,)
     m2: Tensor  # float32 (tiles * 64,)
     reference: Tensor  # float32 (tiles * 64,), at least 2^-126 where the row has draws
@@ -31,8 +34,18 @@ class PredictiveState(NamedTuple):
     divergence: Tensor  # float64 (rows,): sum of KL(p || reference)
 
 
-def empty_state(rows: int, classes: int, bins: int, device: torch.device | None = None) -> PredictiveState:
-    """A state without draws, on `device` (None: torch's default).
+class PickedCodes(NamedTuple):
+    """The codes that a window of draws has for the picked classes of the batch's rows."""
+
+    order: Tensor  # int64 (B,): rows of the state, ascending; one that is left out is num_rows
+    codes: Tensor  # int16 (W, B, picks)
+    valid: Tensor  # bool (W, B): whether the draw of the row counts
+
+
+def empty_state(
+    rows: int, classes: int, bins: int, device: torch.device | None = None, *, histogram: bool = True
+) -> PredictiveState:
+    """A state without draws, on `device` (None: torch's default), with a histogram of every cell or without any.
 
     Raises:
         ValueError: fewer than two classes, a negative number of rows, or bins other than 64 and 128.
@@ -43,6 +56,8 @@ def empty_state(rows: int, classes: int, bins: int, device: torch.device | None 
         raise ValueError(f"num_classes = {classes}: must be at least 2")
     tiles = empty_tiles(rows, classes, bins, device)
     cells = tiles.counters.shape[0] * TILE_CELLS
+    if not histogram:
+        tiles = empty_tiles(0, classes, bins, device)._replace(counts=tiles.counts)
     return PredictiveState(
         tiles,
         torch.zeros(cells, device=device),
@@ -71,9 +86,9 @@ class Rows(NamedTuple):
 
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
-    "predictive_update_(Tensor logits, Tensor rows, Tensor batch, Tensor(a!) counters, Tensor(b!) minimum, "
+    "predictive_update_(Tensor logits, Tensor rows, Tensor batch, Tensor picked, Tensor(a!) counters, Tensor(b!) minimum, "
     "Tensor(c!) maximum, Tensor(d!) counts, Tensor(e!) mean, Tensor(f!) m2, Tensor(g!) reference, Tensor(h!) invalid, "
-    "Tensor(i!) entropy, Tensor(j!) divergence) -> ()"
+    "Tensor(i!) entropy, Tensor(j!) divergence) -> (Tensor, Tensor)"
 )
 
 
@@ -82,6 +97,7 @@ def _update(
     logits: Tensor,
     rows: Tensor,
     batch: Tensor,
+    picked: Tensor,
     counters: Tensor,
     minimum: Tensor,
     maximum: Tensor,
@@ -92,10 +108,20 @@ def _update(
     invalid: Tensor,
     entropy: Tensor,
     divergence: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     tiles = Tiles(counters, minimum, maximum, counts, logits.shape[2])
     state = PredictiveState(tiles, mean, m2, reference, invalid, entropy, divergence)
-    find("predictive_update_", logits.device)(logits, rows, batch, state)
+    codes, valid = _room_for_codes(logits, rows, picked)
+    find("predictive_update_", logits.device)(logits, rows, batch, state, picked, codes, valid)
+    return codes, valid
+
+
+def _room_for_codes(logits: Tensor, rows: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+    draws, size, picks = logits.shape[0], rows.numel(), picked.shape[1]
+    return (
+        torch.empty(draws, size, picks, dtype=torch.int16, device=logits.device),
+        torch.empty(draws, size if picks else 0, dtype=torch.bool, device=logits.device),
+    )
 
 
 @torch.library.register_fake("bkd_fast::predictive_update_", lib=_LIBRARY)
@@ -103,6 +129,7 @@ def _update_fake(
     logits: Tensor,
     rows: Tensor,
     batch: Tensor,
+    picked: Tensor,
     counters: Tensor,
     minimum: Tensor,
     maximum: Tensor,
@@ -113,13 +140,18 @@ def _update_fake(
     invalid: Tensor,
     entropy: Tensor,
     divergence: Tensor,
-) -> None:
-    return None
+) -> tuple[Tensor, Tensor]:
+    return _room_for_codes(logits, rows, picked)
 
 
 def predictive_update_(
-    state: PredictiveState, logits: Tensor, rows: Tensor | Rows | None = None, *, most: int | None = None
-) -> None:
+    state: PredictiveState,
+    logits: Tensor,
+    rows: Tensor | Rows | None = None,
+    *,
+    picked: Tensor | None = None,
+    most: int | None = None,
+) -> PickedCodes:
     """Add W draws of logits for a batch of rows, in place.
 
     Args:
@@ -128,7 +160,11 @@ def predictive_update_(
             +inf, or nothing but -inf, is excluded and counted in `state.invalid`.
         rows: int64 (B,), the row of each batch row, each at most once, or what `sorted_rows` made of it; None: 0 .. rows-1, and
             B must be all rows.
+        picked: int32 (rows of the state, picks), classes of every row, trusted to be in range. None: none.
         most: no row holds more draws than this; None: looked up, which waits for a GPU.
+
+    Returns:
+        PickedCodes of the picked classes.
 
     Raises:
         TypeError: dtypes other than these.
@@ -142,6 +178,13 @@ def predictive_update_(
         raise ValueError(f"logits have shape {tuple(logits.shape)}: must be (draws, rows, {classes})")
     if logits.device != device:
         raise ValueError(f"logits are on {logits.device}: must be on {device}, where the state is")
+    if picked is None:
+        picked = torch.empty(num_rows, 0, dtype=torch.int32, device=device)
+    elif picked.dtype != torch.int32 or picked.dim() != 2 or len(picked) != num_rows or picked.device != device:
+        raise ValueError(
+            f"picked is {picked.dtype} {tuple(picked.shape)} on {picked.device}: must be torch.int32 ({num_rows}, picks) "
+            f"on {device}"
+        )
     draws, size = logits.shape[:2]
     if rows is None:
         if size != num_rows:
@@ -154,15 +197,18 @@ def predictive_update_(
         order, batch = rows if isinstance(rows, Rows) else sorted_rows(rows, size, num_rows, device)
     if most is None or most + draws > MAX_COUNT:
         check_room(state.tiles.counts if rows is None else state.tiles.counts[order[order < num_rows]], draws)
-    if size == 0:
-        return
-    logits = logits.detach().contiguous()
-    windows = -(-draws // MAX_WINDOW)
-    for window in logits.tensor_split(windows) if windows > 1 else [logits] * windows:
+    logits, picked = logits.detach().contiguous(), picked.contiguous()
+    if size == 0 or draws == 0:
+        return PickedCodes(order, *_room_for_codes(logits, order, picked))
+    found = [
         torch.ops.bkd_fast.predictive_update_(
-            window, order, batch, *state.tiles[:4], state.mean, state.m2, state.reference, state.invalid, state.entropy,
-            state.divergence,
-        )  # fmt: skip
+            window, order, batch, picked, *state.tiles[:4], state.mean, state.m2, state.reference, state.invalid,
+            state.entropy, state.divergence,
+        )
+        for window in logits.tensor_split(-(-draws // MAX_WINDOW))
+    ]  # fmt: skip
+    codes, valid = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    return PickedCodes(order, codes, valid)
 
 
 def sorted_rows(rows: Tensor, size: int, num_rows: int, device: torch.device, faults: Tensor | None = None) -> Rows:

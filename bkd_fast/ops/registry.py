@@ -53,9 +53,10 @@ class Backend:
 
 # Where more than one backend implements an operation for a device, the first here that can run is taken; this is the
 # benchmarks' verdict (docs/performance.md), not taste. Operations that are not named take the order of `backends()`.
+_SKETCH = ("update_", "sort_", "quantile", "histogram", "deviance_quantile", "merge_")
 WINNERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("predictive_update_", "cuda"): ("cuda", "triton"),
-    **{(f"sketch_{o}", "cuda"): ("cuda", "triton") for o in ("sort_", "quantile", "deviance_quantile", "merge_")},
+    **{(f"sketch_{o}", "cuda"): ("cuda", "triton") for o in _SKETCH},
 }
 
 _BACKENDS: dict[str, Backend] = {}

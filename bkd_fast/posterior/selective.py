@@ -122,6 +122,6 @@ def rank_correlation(score: Tensor, reference: Tensor) -> float:
             raise ValueError(
                 f"{name}: all {len(values)} values are {float(values[0]):.6g}; a constant has no correlation"
             )
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     return float(spearmanr(score.double().cpu().numpy(), reference.double().cpu().numpy()).statistic)

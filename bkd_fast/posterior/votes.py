@@ -106,7 +106,7 @@ def vote_pit(quantiles: Tensor, counts: Tensor) -> VotePIT:
         raise ValueError(
             f"quantiles of row {row}, class {column}: must be in [0, 1]; they are NaN in rows without draws"
         )
-    from scipy.stats import binom  # type: ignore[import-untyped]
+    from scipy.stats import binom
 
     votes = counts.double().cpu()
     total = votes.sum(dim=1, keepdim=True).numpy()

@@ -21,6 +21,7 @@ from bkd_fast.ops.noise import Tag, check_field, normal_
 from bkd_fast.ops.registry import find
 from bkd_fast.ops.rounding import TABLE_SIZES, noise_table, spacing
 from bkd_fast.samplers.layout import Launch, in_order_of, launches, name_of
+from bkd_fast.samplers.quantiles import ParameterQuantiles, places_of
 from bkd_fast.samplers.settings import (
     DEFAULTS,
     Params,
@@ -32,6 +33,7 @@ from bkd_fast.samplers.settings import (
     prior_means,
     put_lr_on_device,
 )
+from bkd_fast.sketch import QuantileSketch
 
 CHECK_EVERY = 1000  # steps between calls of check()
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
@@ -139,6 +141,7 @@ class Sampler(torch.optim.Optimizer):
         self._loaded: tuple[dict[str, Any], list[list[Tensor | None]]] | None = None
         self._check_order = False
         self._told_coarse = False
+        self._quantiles: ParameterQuantiles | None = None
         self._next_id = 0
         defaults = {"lr": lr, **own, **DEFAULTS, "rounding": self.roundings[0], **settings}
         super().__init__(params, {**defaults, "step": 0, "moments": None})
@@ -254,6 +257,8 @@ class Sampler(torch.optim.Optimizer):
                 self._clocks[index] += (group["lr"] != 0).any()  # where lr is 0 nothing moves and no noise is used up
             elif not is_zero(group["lr"]):
                 group["step"] += 1
+        if self._quantiles is not None:
+            self._quantiles.collect(self.param_groups)
         self._steps += 1
         if self._steps % CHECK_EVERY == 0 and not capturing:
             self.check()
@@ -649,10 +654,7 @@ class Sampler(torch.optim.Optimizer):
             ValueError: start is negative, or every is below 1; the sampler is capturable: the number of draws, by which each
                 one's weight is chosen, would be that of the capture at every replay.
         """
-        if start < 0:
-            raise ValueError(f"start = {start}: must be at least 0")
-        if every < 1:
-            raise ValueError(f"every = {every}: must be at least 1")
+        check_counting(start, every)
         for group in self.param_groups:
             self._check_settings({**group, "moments": {}})
         for group in self.param_groups:
@@ -678,6 +680,41 @@ class Sampler(torch.optim.Optimizer):
                         )
                     return ParameterMoments(state["mean"].clone(), state["m2"] / (draws - 1), draws)
         raise ValueError(f"parameter of shape {tuple(parameter.shape)} is not one of this sampler's")
+
+    def track_quantiles(self, names: Sequence[str], start: int = 0, every: int = 1) -> None:
+        """Keep streaming quantiles of some parameters: 140 bytes an element, and 32 draws that wait for each other.
+
+        They are read by `quantiles`, and saved with the sampler. Each element's scale comes from its first 32 draws.
+
+        Args:
+            names: as the sampler was given them, with `model.named_parameters()`.
+            start, every: as for `track_moments`.
+
+        Raises:
+            ValueError: start or every out of range; names that are not the sampler's; a sampler that is capturable or steps in
+                backward.
+        """
+        check_counting(start, every)
+        places = places_of(self.param_groups)
+        if not names or {*names} - {*places}:
+            raise ValueError(
+                f"names = {list(names)!r}: must be some of the sampler's parameter names, {listed([*places])}"
+            )
+        for name in dict.fromkeys(names):
+            for setting in ("capturable", "step_in_backward"):
+                if places[name][0][setting]:
+                    raise ValueError(f"{setting} = True in the group of {name}: must be False with track_quantiles")
+        self._quantiles = ParameterQuantiles(list(dict.fromkeys(names)), start, every)
+
+    def quantiles(self, name: str) -> QuantileSketch:
+        """The sketch of a parameter over the draws that `track_quantiles` counted: `.quantile(q)`, `.interval(level)` ...
+
+        Raises:
+            ValueError: the parameter is not tracked, or has no counted draw yet.
+        """
+        if self._quantiles is None:
+            raise ValueError(f"name = {name!r}: needs track_quantiles() first")
+        return self._quantiles.sketch(name)
 
     def _collects(self, group: dict[str, Any]) -> bool:
         tracking = group["moments"]
@@ -737,7 +774,8 @@ class Sampler(torch.optim.Optimizer):
             for key, number in zip(group["params"], group["parameter_ids"], strict=True):
                 if number in self._centers:
                     states[key] = {**states.get(key, {}), "prior_mean": self._centers[number]}
-        return {**saved, "state": states}
+        saved = {**saved, "state": states}
+        return saved if self._quantiles is None else {**saved, "quantiles": self._quantiles.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved chain: the next step draws the noise that the saved sampler would have drawn.
@@ -751,6 +789,11 @@ class Sampler(torch.optim.Optimizer):
 
         def match(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             matched = _matched_by_name(given, self.param_groups)
+            tracked = {*matched.get("quantiles", {}).get("names", ())}
+            if foreign := sorted(tracked - {*places_of(self.param_groups)}):
+                raise ValueError(
+                    f"the state has quantiles of {listed(foreign)}: must be parameter names of this sampler"
+                )
             self._loaded = matched, [[self._centers.get(n) for n in g["parameter_ids"]] for g in self.param_groups]
             return matched
 
@@ -760,9 +803,12 @@ class Sampler(torch.optim.Optimizer):
         before = [(g["capturable"], g["step_in_backward"], g["lr"]) for g in self.param_groups]
         try:
             super().load_state_dict(state_dict)
+            assert self._loaded is not None
+            quantiles = self._loaded[0].get("quantiles")
         finally:
             hook.remove()
             self._loaded = None
+        self._quantiles = None if quantiles is None else ParameterQuantiles.loaded(quantiles, self.param_groups)
         for index, (group, (capturable, in_backward, lr)) in enumerate(zip(self.param_groups, before, strict=True)):
             # of this sampler, not of the chain
             group["capturable"], group["step_in_backward"] = capturable, in_backward
@@ -793,7 +839,7 @@ class Sampler(torch.optim.Optimizer):
                     group.setdefault(name, default)
         empty = {
             "skipped_steps": 0, "_steps": 0, "_names": {}, "_checked": {}, "_flags": {}, "_clocks": {}, "_begun": {},
-            "_centers": {}, "_loaded": None, "_check_order": False, "_told_coarse": False,
+            "_centers": {}, "_loaded": None, "_quantiles": None, "_check_order": False, "_told_coarse": False,
             "_next_id": sum(len(group["params"]) for group in self.param_groups),
         }  # fmt: skip
         for name, value in empty.items():
@@ -841,6 +887,14 @@ class _Begun(NamedTuple):
 
     collects: bool
     positions: set[int]  # of the parameters that have moved
+
+
+def check_counting(start: int, every: int) -> None:
+    """Raise ValueError unless steps can be counted so."""
+    if start < 0:
+        raise ValueError(f"start = {start}: must be at least 0")
+    if every < 1:
+        raise ValueError(f"every = {every}: must be at least 1")
 
 
 def _is_capturing() -> bool:

@@ -6,6 +6,7 @@
 #include "cpu/predictive.h"
 
 #include "../predictive.h"
+#include "cpu/tile_codes.h"
 
 namespace bkd {
 namespace BKD_ISA {
@@ -14,7 +15,6 @@ constexpr int64_t kChunkBytes = 128 * 1024;    // of logits between the two stag
 constexpr int kMaxTileRows = kTileCells / 2 + 1;  // with two classes or more
 constexpr int kTileRowStride = kMaxTileRows + kScratchPadding;
 constexpr float kInfinity = __builtin_inff();
-constexpr uint8_t kNoSlot = 0xFF;
 
 // The statistics of every draw and row of a block or of one tile.
 struct Statistics {
@@ -150,15 +150,39 @@ static void measure_rows(const PredictiveState& state, const PredictiveWindow& w
   }
 }
 
+BKD_INLINE void store_codes(int16_t* codes, Floats logits) {
+  store_saturated(codes, round_to_int(mul(logits, set1(kCodesPerLogit))));
+}
+
+// The codes of the picked classes of sorted rows [begin, end).
+static void pick_codes(int classes, const PredictiveWindow& window, const PickedCodes& picked, int64_t begin, int64_t end,
+                       int64_t origin, const Statistics& statistics) {
+  for (int w = 0; w < window.draws; ++w)
+    for (int64_t i = begin; i < end; ++i) {
+      const auto statistic = [&](Statistic which) { return *statistics.at(which, w, i - origin); };
+      const int64_t at = w * window.size + i;
+      picked.valid[at] = statistic(kValid) != 0.0f;
+      const float* logits = window.logits + w * window.draw_stride + window.batch[i] * classes;
+      const int32_t* chosen = picked.classes + window.rows[i] * picked.picks;
+      for (int first = 0; first < picked.picks; first += kLanes) {
+        const int lanes = picked.picks - first < kLanes ? picked.picks - first : kLanes;
+        int32_t offsets[kLanes] = {};
+        memcpy(offsets, chosen + first, sizeof(int32_t) * (size_t)lanes);
+        const CellDraw of = draw_of(gather(logits, load(offsets)), set1(statistic(kMaximum)), set1(statistic(kTotal)),
+                                    set1(statistic(kRest)), set1(statistic(kInverseTotal)), set1(statistic(kLogTotal)));
+        int16_t codes[kLanes];
+        store_codes(codes, of.logit);
+        memcpy(picked.codes + at * picked.picks + first, codes, sizeof(int16_t) * (size_t)lanes);
+      }
+    }
+}
+
 // ---- stage 2: the cells of one tile ----
 
-// Neighbouring cells of a tile that share their row's count, and the draws of it that count.
-struct Segment {
-  int begin, end;     // cells of the tile
-  int local_row;      // in the tile's statistics
-  int64_t row;        // of the state
-  uint32_t count;     // draws before this window
-  int valid_draws;
+// The cells of one row in a tile.
+struct Segment : CodeSegment {
+  int local_row;  // in the tile's statistics
+  int64_t row;    // of the state
 };
 
 struct Tile {
@@ -175,8 +199,7 @@ struct Tile {
 };
 
 struct TileBuffers {
-  alignas(64) int16_t codes[kMaxDraws * kTileCells];
-  alignas(64) uint8_t slots[(kMaxDraws + kMaxBins) * kTileCells];
+  CodeBuffers histogram;
   alignas(64) float divergence[kTileCells];
   alignas(64) float probability[kMaxDraws * kLanes];
   alignas(64) float log_probability[kMaxDraws * kLanes];
@@ -184,8 +207,8 @@ struct TileBuffers {
   alignas(64) float statistics[kStatistics * kMaxDraws * kTileRowStride];
 };
 
-// Codes, moments and divergence of kLanes cells over all draws.
-template <bool every_draw_valid, bool one_row>
+// Codes (where there is a histogram), moments and divergence of kLanes cells over all draws.
+template <bool histogram, bool every_draw_valid, bool one_row>
 BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int draws, int first, TileBuffers& buffers) {
   const int64_t cell = tile.first_cell + first;
   const int base = tile.local_row[first];
@@ -200,7 +223,7 @@ BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int
   for (int w = 0; w < draws; ++w) {
     const CellDraw of = draw_of(load(tile.logits + w * tile.draw_stride + first), statistic(kMaximum, w), statistic(kTotal, w),
                                 statistic(kRest, w), statistic(kInverseTotal, w), statistic(kLogTotal, w));
-    store_saturated(buffers.codes + w * kTileCells + first, round_to_int(mul(of.logit, set1(kCodesPerLogit))));
+    if (histogram) store_codes(buffers.histogram.codes + w * kTileCells + first, of.logit);
     const Floats probability = of.probability;
     store(buffers.probability + w * kLanes, probability);
     store(buffers.log_probability + w * kLanes, of.log_probability);
@@ -239,13 +262,25 @@ BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int
   store(buffers.divergence + first, mul(divergence, reference));
 }
 
-template <bool every_draw_valid>
+template <bool histogram, bool every_draw_valid>
 static void update_tile_cells(const PredictiveState& state, const Tile& tile, int draws, TileBuffers& buffers) {
   for (int first = 0; first < kTileCells; first += kLanes)
     if (tile.local_row[first] == tile.local_row[first + kLanes - 1])
-      update_cells<every_draw_valid, true>(state, tile, draws, first, buffers);
+      update_cells<histogram, every_draw_valid, true>(state, tile, draws, first, buffers);
     else
-      update_cells<every_draw_valid, false>(state, tile, draws, first, buffers);
+      update_cells<histogram, every_draw_valid, false>(state, tile, draws, first, buffers);
+}
+
+template <bool histogram>
+static void update_tile(const PredictiveState& state, const Tile& tile, int draws, TileBuffers& buffers) {
+  if (tile.every_draw_valid)
+    update_tile_cells<histogram, true>(state, tile, draws, buffers);
+  else
+    update_tile_cells<histogram, false>(state, tile, draws, buffers);
+  if (!histogram) return;
+  const TileCounters counters{state.counters + (tile.first_cell << state.log2_bins), state.minimum + tile.first_cell,
+                              state.maximum + tile.first_cell, state.log2_bins};
+  add_codes(counters, tile.segment, tile.segments, draws, buffers.histogram);
 }
 
 // Four interleaved sums: one would wait for itself.
@@ -256,156 +291,6 @@ static double sum_of_cells(const float* x, int count) {
     for (int k = 0; k < 4; ++k) part[k] += (double)x[j + k];
   for (; j < count; ++j) part[j & 3] += (double)x[j];
   return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-// counters[slot][cell] += number of d with slots[d][cell] == slot; 64 cells, at most 255 slots each (kNoSlot is none).
-static void compare_and_add(uint16_t* counters, const uint8_t* slots, int count, int bins) {
-#if defined(BKD_ISA_avx512)
-  constexpr int kAtOnce = 8;
-  const __m512i minus_one = _mm512_set1_epi8(-1);
-  for (int first = 0; first < bins; first += kAtOnce) {
-    __m512i seen[kAtOnce];
-    for (int k = 0; k < kAtOnce; ++k) seen[k] = _mm512_setzero_si512();
-    for (int d = 0; d < count; ++d) {
-      const __m512i slot = _mm512_load_si512(slots + d * kTileCells);
-      for (int k = 0; k < kAtOnce; ++k)
-        seen[k] = _mm512_mask_sub_epi8(seen[k], _mm512_cmpeq_epi8_mask(slot, _mm512_set1_epi8((char)(first + k))), seen[k],
-                                       minus_one);
-    }
-    for (int k = 0; k < kAtOnce; ++k) {
-      uint16_t* row = counters + (first + k) * kTileCells;
-      const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(seen[k]));
-      const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(seen[k], 1));
-      _mm512_storeu_si512(row, _mm512_add_epi16(_mm512_loadu_si512(row), low));
-      _mm512_storeu_si512(row + 32, _mm512_add_epi16(_mm512_loadu_si512(row + 32), high));
-    }
-  }
-#elif defined(BKD_ISA_avx2)
-  constexpr int kAtOnce = 4;
-  for (int half = 0; half < kTileCells; half += 32)
-    for (int first = 0; first < bins; first += kAtOnce) {
-      __m256i seen[kAtOnce];
-      for (int k = 0; k < kAtOnce; ++k) seen[k] = _mm256_setzero_si256();
-      for (int d = 0; d < count; ++d) {
-        const __m256i slot = _mm256_load_si256((const __m256i*)(slots + d * kTileCells + half));
-        for (int k = 0; k < kAtOnce; ++k)
-          seen[k] = _mm256_sub_epi8(seen[k], _mm256_cmpeq_epi8(slot, _mm256_set1_epi8((char)(first + k))));
-      }
-      for (int k = 0; k < kAtOnce; ++k) {
-        __m256i* row = (__m256i*)(counters + (first + k) * kTileCells + half);
-        const __m256i low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(seen[k]));
-        const __m256i high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(seen[k], 1));
-        _mm256_storeu_si256(row, _mm256_add_epi16(_mm256_loadu_si256(row), low));
-        _mm256_storeu_si256(row + 1, _mm256_add_epi16(_mm256_loadu_si256(row + 1), high));
-      }
-    }
-#else
-  (void)bins;
-  for (int d = 0; d < count; ++d)
-    for (int j = 0; j < kTileCells; ++j) {
-      const uint8_t slot = slots[d * kTileCells + j];
-      if (slot != kNoSlot) ++counters[slot * kTileCells + j];
-    }
-#endif
-}
-
-// Brings one cell's counters from the level of old_min..old_max to a coarser one.
-static void fold_cell(uint16_t* counters, int cell, int old_min, int old_max, int old_level, int level, int bins) {
-  uint16_t before[kMaxBins], after[kMaxBins];
-  for (int s = 0; s < bins; ++s) {
-    before[s] = counters[s * kTileCells + cell];
-    after[s] = 0;
-  }
-  rescale(before, old_min, old_max, old_level, level, bins, after);
-  for (int s = 0; s < bins; ++s) counters[s * kTileCells + cell] = after[s];
-}
-
-// Adds the codes of cells [begin, end), which belong to rows of one count, to the tile: keeps them as they are while the
-// rows have at most `bins` draws, else writes their slots for compare_and_add. Returns the number of earlier codes that
-// became slots (behind the window's own).
-BKD_INLINE int place_codes(const PredictiveState& state, uint16_t* counters, const Tile& tile, const Segment& segment,
-                           int begin, int end, int draws, TileBuffers& buffers) {
-  const int log2_bins = state.log2_bins, bins = 1 << log2_bins;
-  const bool all = segment.valid_draws == draws;
-  const auto is_valid = [&](int w) { return all || *tile.statistics.at(kValid, w, segment.local_row) != 0.0f; };
-  int16_t* minimum = state.minimum + tile.first_cell;
-  int16_t* maximum = state.maximum + tile.first_cell;
-  int16_t least[kTileCells], most[kTileCells];
-  for (int j = begin; j < end; ++j) {
-    least[j] = minimum[j];
-    most[j] = maximum[j];
-  }
-  for (int w = 0; w < draws; ++w) {
-    if (!is_valid(w)) continue;
-    const int16_t* codes = buffers.codes + w * kTileCells;
-    for (int j = begin; j < end; ++j) {
-      least[j] = codes[j] < least[j] ? codes[j] : least[j];
-      most[j] = codes[j] > most[j] ? codes[j] : most[j];
-    }
-  }
-  int earlier = 0;
-  if (segment.count + (uint32_t)segment.valid_draws <= (uint32_t)bins) {
-    uint16_t* to = counters + segment.count * kTileCells;
-    for (int w = 0; w < draws; ++w) {
-      if (!is_valid(w)) continue;
-      for (int j = begin; j < end; ++j) to[j] = (uint16_t)buffers.codes[w * kTileCells + j];
-      to += kTileCells;
-    }
-  } else {
-    int16_t level[kTileCells];
-    for (int j = begin; j < end; ++j) level[j] = (int16_t)level_of(least[j], most[j], log2_bins);
-    const auto write_slots = [&](uint8_t* slots, const int16_t* codes) {
-      for (int j = begin; j < end; ++j) slots[j] = (uint8_t)((codes[j] >> level[j]) & (bins - 1));
-    };
-    if (segment.count <= (uint32_t)bins) {
-      earlier = (int)segment.count;
-      for (int i = 0; i < earlier; ++i) {
-        uint16_t* codes = counters + i * kTileCells;
-        write_slots(buffers.slots + (draws + i) * kTileCells, (const int16_t*)codes);
-        for (int j = begin; j < end; ++j) codes[j] = 0;
-      }
-    } else {
-      int16_t old_level[kTileCells];
-      int risen = 0;
-      for (int j = begin; j < end; ++j) {
-        old_level[j] = (int16_t)level_of(minimum[j], maximum[j], log2_bins);
-        risen |= level[j] ^ old_level[j];
-      }
-      for (int j = begin; risen && j < end; ++j)
-        if (level[j] != old_level[j]) fold_cell(counters, j, minimum[j], maximum[j], old_level[j], level[j], bins);
-    }
-    for (int w = 0; w < draws; ++w)
-      if (is_valid(w)) write_slots(buffers.slots + w * kTileCells, buffers.codes + w * kTileCells);
-  }
-  for (int j = begin; j < end; ++j) {
-    minimum[j] = least[j];
-    maximum[j] = most[j];
-  }
-  return earlier;
-}
-
-static void update_tile_histogram(const PredictiveState& state, const Tile& tile, int draws, TileBuffers& buffers) {
-  const int bins = 1 << state.log2_bins;
-  uint16_t* counters = state.counters + tile.first_cell / kTileCells * bins * kTileCells;
-  bool one_count = tile.every_draw_valid;
-  for (int i = 1; i < tile.segments; ++i) one_count = one_count && tile.segment[i].count == tile.segment[0].count;
-  if (one_count) {  // constant bounds, so that the loops over cells become a few vectors
-    const int earlier = place_codes(state, counters, tile, tile.segment[0], 0, kTileCells, draws, buffers);
-    if (tile.segment[0].count + (uint32_t)draws > (uint32_t)bins)
-      compare_and_add(counters, buffers.slots, draws + earlier, bins);
-    return;
-  }
-  memset(buffers.slots, kNoSlot, (size_t)(draws + bins) * kTileCells);
-  int earlier = 0;
-  bool counting = false;
-  for (int i = 0; i < tile.segments; ++i) {
-    const Segment& segment = tile.segment[i];
-    if (segment.valid_draws == 0) continue;
-    const int more = place_codes(state, counters, tile, segment, segment.begin, segment.end, draws, buffers);
-    earlier = more > earlier ? more : earlier;
-    counting = counting || segment.count + (uint32_t)segment.valid_draws > (uint32_t)bins;
-  }
-  if (counting) compare_and_add(counters, buffers.slots, draws + earlier, bins);
 }
 
 // The tile of cells first_cell.. as this window sees it; sorted rows [present, end) are those of the batch from its first
@@ -430,6 +315,12 @@ static void describe_tile(const PredictiveState& state, const PredictiveWindow& 
     index_of[segments] = here ? present++ : -1;
     segment.count = here ? (uint32_t)state.counts[row] : 0;
     segment.valid_draws = here ? valid_draws[index_of[segments] - origin] : 0;
+    segment.valid = 0;
+    if (segment.valid_draws == window.draws)
+      segment.valid = every_of(window.draws);
+    else if (here)
+      for (int w = 0; w < window.draws; ++w)
+        segment.valid |= (uint64_t)(*statistics.at(kValid, w, index_of[segments] - origin) != 0.0f) << w;
     const int count = (int)segment.count + segment.valid_draws;
     tile.inverse_count[segments] = segment.valid_draws > 0 ? 1.0f / (float)count : 0.0f;
     tile.is_new[segments] = segment.valid_draws > 0 && segment.count == 0 ? 1.0f : 0.0f;
@@ -463,8 +354,8 @@ static void describe_tile(const PredictiveState& state, const PredictiveWindow& 
   }
 }
 
-void predictive_block(const PredictiveState& state, const PredictiveWindow& window, int64_t begin, int64_t end,
-                      int64_t row_capacity, float* scratch) {
+void predictive_block(const PredictiveState& state, const PredictiveWindow& window, const PickedCodes& picked, int64_t begin,
+                      int64_t end, int64_t row_capacity, float* scratch) {
   const Statistics statistics{scratch, row_capacity, window.draws};
   int32_t* valid_draws = (int32_t*)(scratch + (int64_t)kStatistics * window.draws * row_capacity);
   const int64_t classes = state.classes;
@@ -478,6 +369,7 @@ void predictive_block(const PredictiveState& state, const PredictiveWindow& wind
   for (int64_t measured = begin; measured < end;) {
     const int64_t until = measured + chunk < end ? measured + chunk : end;
     measure_rows(state, window, measured, until, begin, statistics, valid_draws);
+    if (picked.picks) pick_codes(state.classes, window, picked, measured, until, begin, statistics);
     measured = until;
     // tiles whose rows are all measured
     while (present < measured) {
@@ -487,16 +379,15 @@ void predictive_block(const PredictiveState& state, const PredictiveWindow& wind
       if (measured < end && window.rows[measured] * classes < tile_end) break;
       tile.first_cell = next_tile * kTileCells;
       describe_tile(state, window, present, end, begin, statistics, valid_draws, tile, buffers);
-      if (tile.every_draw_valid)
-        update_tile_cells<true>(state, tile, window.draws, buffers);
+      if (state.counters)
+        update_tile<true>(state, tile, window.draws, buffers);
       else
-        update_tile_cells<false>(state, tile, window.draws, buffers);
+        update_tile<false>(state, tile, window.draws, buffers);
       for (int i = 0; i < tile.segments; ++i) {
         const Segment& segment = tile.segment[i];
         if (segment.valid_draws > 0)
           state.divergence[segment.row] += sum_of_cells(buffers.divergence + segment.begin, segment.end - segment.begin);
       }
-      update_tile_histogram(state, tile, window.draws, buffers);
       ++next_tile;
       while (present < measured && (window.rows[present] + 1) * classes <= tile_end) ++present;
     }

@@ -17,10 +17,10 @@ constexpr int64_t scratch_floats(int64_t row_capacity, int32_t draws) {
 // Sorted rows [begin, end), which share no tile with other rows of the batch. scratch holds
 // scratch_floats(row_capacity, draws), row_capacity >= end - begin + kScratchPadding.
 BKD_DECLARE(void, predictive_block,
-            (const PredictiveState& state, const PredictiveWindow& window, int64_t begin, int64_t end, int64_t row_capacity,
-             float* scratch))
+            (const PredictiveState& state, const PredictiveWindow& window, const PickedCodes& picked, int64_t begin, int64_t end,
+             int64_t row_capacity, float* scratch))
 
 // The whole window, on `threads` threads; the result does not depend on their number.
-void predictive_update(const PredictiveState& state, const PredictiveWindow& window, int threads);
+void predictive_update(const PredictiveState& state, const PredictiveWindow& window, const PickedCodes& picked, int threads);
 
 }  // namespace bkd

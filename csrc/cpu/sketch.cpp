@@ -8,6 +8,8 @@
 
 #include "../sketch.h"
 #include "cpu/parallel.h"
+#include "cpu/row_blocks.h"
+#include "cpu/sketch_update.h"
 
 namespace bkd {
 namespace {
@@ -75,23 +77,52 @@ const std::vector<float>& probability_of_codes() {
   return table;
 }
 
-// Whether both tiles count already, at one and the same level before and after: then counters just add.
-bool adds_plainly(const SketchTiles& s, const SketchTiles& other, int64_t first_cell) {
+// Whether all cells of the tile count already, in both sketches.
+bool counts_everywhere(const SketchTiles& s, const SketchTiles& other, int64_t first_cell) {
   const int bins = bins_of(s);
   const int64_t end = first_cell + kTileCells;
   if (end > cells_of(s)) return false;
   for (int64_t row = first_cell / s.row_cells; row * s.row_cells < end; ++row)
     if (s.counts[row] <= bins || other.counts[row] <= bins) return false;
-  for (int64_t c = first_cell; c < end; ++c) {
-    const int level = level_of(s.minimum[c], s.maximum[c], s.log2_bins);
-    const int min = std::min(s.minimum[c], other.minimum[c]), max = std::max(s.maximum[c], other.maximum[c]);
-    if (level != level_of(other.minimum[c], other.maximum[c], s.log2_bins) || level != level_of(min, max, s.log2_bins))
-      return false;
-  }
   return true;
 }
 
+// Brings a counting cell, whose column starts at `column`, to a coarser level.
+void coarsen_cell(uint16_t* column, int min, int max, int to_level, int log2_bins) {
+  const int level = level_of(min, max, log2_bins), bins = 1 << log2_bins;
+  if (level == to_level) return;
+  uint16_t own[kMaxBins], coarser[kMaxBins] = {};
+  read_column(column, bins, own);
+  rescale(own, min, max, level, to_level, bins, coarser);
+  write_column(column, bins, coarser);
+}
+
+// A tile where everything counts: the few cells whose level rises go one by one, and then the counters just add.
+void merge_counting_tile(const SketchTiles& s, const SketchTiles& other, int64_t first_cell) {
+  const int size = bins_of(s) * kTileCells;
+  uint16_t* to = column_of(s, first_cell);
+  uint16_t from[kMaxBins * kTileCells];
+  std::copy_n(column_of(other, first_cell), size, from);
+  for (int i = 0; i < kTileCells; ++i) {
+    const int64_t c = first_cell + i;
+    const int min = std::min(s.minimum[c], other.minimum[c]), max = std::max(s.maximum[c], other.maximum[c]);
+    const int level = level_of(min, max, s.log2_bins);
+    coarsen_cell(to + i, s.minimum[c], s.maximum[c], level, s.log2_bins);
+    coarsen_cell(from + i, other.minimum[c], other.maximum[c], level, s.log2_bins);
+    s.minimum[c] = static_cast<int16_t>(min);
+    s.maximum[c] = static_cast<int16_t>(max);
+  }
+  for (int i = 0; i < size; ++i) to[i] = static_cast<uint16_t>(to[i] + from[i]);
+}
+
 }  // namespace
+
+void sketch_update(const SketchTiles& sketch, int32_t* counts, const CodeWindow& window, int threads) {
+  const int64_t planned = std::max<int64_t>(1, kTilesPerTask * kTileCells / sketch.row_cells);
+  RowBlocks(window.rows, window.size, sketch.row_cells, planned).each_thread(threads, [&](const auto& next) {
+    for (int64_t begin, end; next(begin, end);) BKD_CALL(sketch_block, sketch, counts, window, begin, end);
+  });
+}
 
 void sketch_sort(const SketchTiles& sketch, int threads) {
   const int bins = bins_of(sketch);
@@ -116,20 +147,30 @@ void sketch_quantile(const SketchTiles& sketch, double q, int32_t* lower, int32_
   });
 }
 
+void sketch_histogram(const SketchTiles& sketch, int64_t begin, int64_t end, const int16_t* least, const int16_t* most,
+                      int32_t* counts, int threads) {
+  const int bins = bins_of(sketch);
+  const int64_t cells = (end - begin) * sketch.row_cells, first = begin * sketch.row_cells;
+  const int64_t per_task = kTilesPerTask * kTileCells;
+  parallel_for((cells + per_task - 1) / per_task, threads, [&](int64_t task) {
+    for (int64_t i = task * per_task; i < std::min(cells, (task + 1) * per_task); ++i) {
+      const int64_t cell = first + i;
+      uint16_t own[kMaxBins], at_level[kMaxBins] = {};
+      const int count = sketch.counts[cell / sketch.row_cells];
+      read_column(column_of(sketch, cell), std::min(count, bins), own);
+      histogram_of(own, count, sketch.minimum[cell], sketch.maximum[cell], sketch.log2_bins, least[i], most[i], at_level,
+                   counts + i * bins);
+    }
+  });
+}
+
 void sketch_merge(const SketchTiles& sketch, const SketchTiles& other, int threads) {
   const int64_t tiles = tiles_of(sketch), cells = cells_of(sketch);
-  const int bins = bins_of(sketch);
   parallel_for((tiles + kTilesPerTask - 1) / kTilesPerTask, threads, [&](int64_t task) {
     for (int64_t tile = task * kTilesPerTask; tile < std::min(tiles, (task + 1) * kTilesPerTask); ++tile) {
       const int64_t first = tile * kTileCells, end = std::min(cells, first + kTileCells);
-      if (adds_plainly(sketch, other, first)) {
-        uint16_t* to = column_of(sketch, first);
-        const uint16_t* from = column_of(other, first);
-        for (int i = 0; i < bins * kTileCells; ++i) to[i] = static_cast<uint16_t>(to[i] + from[i]);
-        for (int64_t c = first; c < end; ++c) {
-          sketch.minimum[c] = std::min(sketch.minimum[c], other.minimum[c]);
-          sketch.maximum[c] = std::max(sketch.maximum[c], other.maximum[c]);
-        }
+      if (counts_everywhere(sketch, other, first)) {
+        merge_counting_tile(sketch, other, first);
       } else {
         for (int64_t c = first; c < end; ++c)
           merge_cell(sketch, other, c, sketch.counts[c / sketch.row_cells], other.counts[c / sketch.row_cells]);
@@ -138,7 +179,7 @@ void sketch_merge(const SketchTiles& sketch, const SketchTiles& other, int threa
   });
 }
 
-void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* out, int threads) {
+void sketch_deviance_quantile(const SketchTiles& sketch, const double* level, float* out, int threads) {
   const std::vector<float>& probability = probability_of_codes();
   const int bins = bins_of(sketch);
   const int64_t rows_per_task = std::max<int64_t>(1, kTilesPerTask * kTileCells / sketch.row_cells);
@@ -167,7 +208,7 @@ void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* ou
       int code = most;
       for (; code > least; --code) {
         above += weight[static_cast<size_t>(code - kCodeMin)];
-        if (above >= level * total) break;
+        if (above >= level[row] * total) break;
       }
       out[row] = deviance_of(code);
       std::fill(weight.begin() + (least - kCodeMin), weight.begin() + (most - kCodeMin) + 1, 0.0);

@@ -22,11 +22,16 @@ void sketch_sort(const SketchTiles& sketch, int threads);
 // Cells without draws get lower = upper = 0 and point NaN.
 void sketch_quantile(const SketchTiles& sketch, double q, int32_t* lower, int32_t* upper, float* point, int threads);
 
+// Every cell's draws in rows [begin, end), at the level of codes least..most, which must hold the cell's own: counts[i][b] is how
+// many have code >> level == (least >> level) + b. Arrays start at the first of these cells.
+void sketch_histogram(const SketchTiles& sketch, int64_t begin, int64_t end, const int16_t* least, const int16_t* most,
+                      int32_t* counts, int threads);
+
 // Adds the codes of `other` to `sketch` (counters, minimum, maximum; not counts). Pooled counts must stay below 65536.
 void sketch_merge(const SketchTiles& sketch, const SketchTiles& other, int threads);
 
-// Per row, the `level` quantile of the values -2 log p of all cells and codes, each weighing p = sigmoid(code / 1024)
+// Per row, the level[row] quantile of the values -2 log p of all cells and codes, each weighing p = sigmoid(code / 1024)
 // (weights normalised). A bin stands for eight points, evenly spread. Rows without draws get NaN.
-void sketch_deviance_quantile(const SketchTiles& sketch, double level, float* out, int threads);
+void sketch_deviance_quantile(const SketchTiles& sketch, const double* level, float* out, int threads);
 
 }  // namespace bkd

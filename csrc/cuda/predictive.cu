@@ -3,6 +3,7 @@
 //   measure_rows  softmax statistics of every draw and row. Rows of up to 32 classes: one thread each; longer ones: sixteen
 //                 lanes each, the sixteen running sums of csrc/predictive.h.
 //   update_tiles  one warp per tile of 64 cells (csrc/tile.h): codes, moments, divergences, and the counters in shared memory.
+//   pick_codes    one thread per draw, row and picked class.
 //   finish_rows   one thread per row: entropies, divergences and counts.
 //
 // Bytes per cell and draw: 4 (logits, read twice more from the cache that measure_rows left them in) + 288 / W (state of 144
@@ -55,14 +56,15 @@ static __device__ __forceinline__ void copy_async(void* shared, const void* glob
 // Grid: tiles_per_row(classes) blocks of one warp for each of the window's rows [begin, end); those that own no tile end at
 // once. sums: [end - begin][tiles_per_row], of divergences. At least 16 of them at once on a multiprocessor, which leaves
 // each thread 128 registers. Per cell and draw 71 instructions for code, moments and divergence, 8 for the counter and about 10
-// for what a group of draws needs: 89.
+// for what a group of draws needs: 89. log2_bins = 0: no histogram.
 template <bool one_row, int log2_bins>
 __global__ void __launch_bounds__(kWarp, 16)
     update_tiles(const float* logits, int64_t draw_stride, int32_t draws, const int64_t* rows, const int64_t* batch,
                  int64_t begin, int64_t end, DrawStatistics* draw_statistics, double* sums, uint16_t* counters,
                  int16_t* minimum, int16_t* maximum, float* mean, float* m2, float* reference, int32_t* counts,
                  int64_t num_rows, int32_t classes) {
-  constexpr int bins = 1 << log2_bins, pieces = bins * kTileCells * sizeof(uint16_t) / 16 / kWarp;
+  constexpr bool histogram = log2_bins > 0;
+  constexpr int bins = 1 << log2_bins, pieces = histogram ? bins * kTileCells * sizeof(uint16_t) / 16 / kWarp : 0;
   __shared__ alignas(16) uint16_t shared[bins * kTileCells];
   __shared__ float divergence[kTileCells];
 
@@ -97,6 +99,21 @@ __global__ void __launch_bounds__(kWarp, 16)
     if (row >= 0 && lane % kSumParts == 0)
       sums[(row - begin) * per_row + (place.tile - rows[row] * classes / kTileCells)] = sum;
   }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    pick_codes(const float* logits, int64_t draw_stride, int32_t draws, const int64_t* rows, const int64_t* batch, int64_t begin,
+               int64_t end, int64_t size, DrawStatistics* draw_statistics, const int32_t* picked, int32_t picks, int16_t* codes,
+               uint8_t* valid, int64_t num_rows, int32_t classes) {
+  const int64_t thread = (int64_t)blockIdx.x * kThreads + threadIdx.x, per_draw = (end - begin) * picks;
+  if (thread >= draws * per_draw) return;
+  const int w = (int)(thread / per_draw);
+  const int64_t pair = thread - w * per_draw, i = begin + pair / picks;
+  const PredictiveState state{nullptr, nullptr, nullptr, nullptr,  nullptr, nullptr, nullptr,
+                              nullptr, nullptr, nullptr, num_rows, classes, 0};
+  const PredictiveWindow window{logits, draw_stride, draws, rows, batch, size};
+  pick_code(state, window, {picked, picks, codes, valid}, {draw_statistics, begin, end - begin}, w, i,
+            (int)(pair - (i - begin) * picks));
 }
 
 __global__ void __launch_bounds__(kThreads)

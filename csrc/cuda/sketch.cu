@@ -70,6 +70,53 @@ __global__ void __launch_bounds__(kTileCells)
   maximum[here.cell] = (int16_t)most;
 }
 
+// Adds a window of codes, [draws][size][row_cells], to rows of the sketch, each thread to one cell. Its column is worked on in shared
+// memory; other slots of the tile belong to other threads. Counts stay as they are, for other threads read them.
+// Grid: blocks of kTileCells threads for the size * row_cells cells.
+template <int log2_bins>
+__global__ void __launch_bounds__(kTileCells)
+    update_cells(uint16_t* counters, int16_t* minimum, int16_t* maximum, const int32_t* counts, int64_t num_rows,
+                 int64_t row_cells, const int16_t* codes, const uint8_t* valid, int32_t draws, const int64_t* rows,
+                 int64_t size) {
+  __shared__ uint16_t shared[kTileCells << log2_bins];
+  const int64_t at = (int64_t)blockIdx.x * kTileCells + threadIdx.x, i = at / row_cells;
+  if (i >= size || rows[i] >= num_rows) return;
+  const int64_t cell = rows[i] * row_cells + (at - i * row_cells);
+  const Column column{counters + cell / kTileCells * (kTileCells << log2_bins) + cell % kTileCells};
+  int min = minimum[cell], max = maximum[cell];
+  const int taken = add_codes_to(
+      column, counts[rows[i]], min, max, log2_bins, draws, [&](int w) { return (int)codes[w * size * row_cells + at]; },
+      [&](int w) { return !valid || valid[w * size + i]; }, Column{shared + threadIdx.x});
+  if (taken == 0) return;
+  minimum[cell] = (int16_t)min;
+  maximum[cell] = (int16_t)max;
+}
+
+// Brings the counts of the window's rows up to date. Grid: a thread per row.
+__global__ void __launch_bounds__(kThreads)
+    count_draws(int32_t* counts, int64_t num_rows, const uint8_t* valid, int32_t draws, const int64_t* rows, int64_t size) {
+  const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  if (i >= size || rows[i] >= num_rows) return;
+  int taken = 0;
+  for (int w = 0; w < draws; ++w) taken += !valid || valid[w * size + i];
+  counts[rows[i]] += taken;
+}
+
+// The cells of rows [begin, end) as plain histograms. Grid: blocks of kTileCells threads for these cells.
+template <int log2_bins>
+__global__ void __launch_bounds__(kTileCells)
+    histogram_cells(uint16_t* counters, const int16_t* minimum, const int16_t* maximum, const int32_t* counts,
+                    int64_t row_cells, int64_t begin, int64_t end, const int16_t* least, const int16_t* most, int32_t* out) {
+  __shared__ uint16_t shared[kTileCells << log2_bins];
+  const int64_t i = (int64_t)blockIdx.x * kTileCells + threadIdx.x, cell = begin * row_cells + i;
+  if (cell >= end * row_cells) return;
+  const Column column{counters + cell / kTileCells * (kTileCells << log2_bins) + cell % kTileCells};
+  const Column room{shared + threadIdx.x};
+  for (int slot = 0; slot < 1 << log2_bins; ++slot) room[slot] = 0;
+  histogram_of(column, counts[cell / row_cells], minimum[cell], maximum[cell], log2_bins, least[i], most[i], room,
+               out + (i << log2_bins));
+}
+
 // The sum of every thread's number, the same tree for every call; kThreads threads.
 static __device__ __forceinline__ double sum_of_block(double mine, double* shared) {
   __syncthreads();
@@ -87,7 +134,7 @@ static __device__ __forceinline__ double sum_of_block(double mine, double* share
 template <int log2_bins>
 __global__ void __launch_bounds__(kThreads)
     deviance_quantile(uint16_t* counters, const int16_t* minimum, const int16_t* maximum, const int32_t* counts,
-                      int64_t row_cells, double level, float* out) {
+                      int64_t row_cells, const double* level, float* out) {
   __shared__ double shared[kThreads];
   const int64_t row = blockIdx.x;
   const int count = counts[row];
@@ -105,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     return sum_of_block(weight, shared);
   };
-  const double asked = level * weight_from(kCodeMin);
+  const double asked = level[row] * weight_from(kCodeMin);
   int reached = kCodeMin, missed = kCodeMax + 1;
   while (missed - reached > 1) {
     const int middle = (reached + missed) >> 1;  // arithmetic: rounds down

@@ -80,7 +80,12 @@ def predictive(device: str) -> None:
             other.update_logits(3 * torch.randn(5, 11, classes, device=device).to(dtype), rows=rows)
         posterior.merge_(other)
         posterior.interval(0.9)
+        posterior.highest_density_interval(0.9)
         posterior.deviance_upper(0.9)
+        chosen = bkd.PosteriorPredictive(37, classes, bins=bins, track="topk:1", diagnostics=True, device=device)
+        chosen.choose_classes_by(torch.randn(37, classes, device=device))
+        chosen.update_logits(torch.randn(70, 37, classes, device=device))
+        chosen.interval(0.9)
 
 
 RUNS = {

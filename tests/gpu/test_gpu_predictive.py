@@ -8,13 +8,30 @@ from itertools import count
 
 import pytest
 import torch
-from predictive_states import assert_close, assert_same_bits, copied, filled_unequally, logits_of
+from predictive_states import (
+    assert_close,
+    assert_moments_close,
+    assert_same_bits,
+    assert_same_tiles,
+    copied,
+    filled_unequally,
+    logits_of,
+)
 from torch import Tensor, nn
 
 from bkd_fast.errors import BKDFastWarning
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.ops.predictive import empty_state, predictive_update_
-from bkd_fast.ops.sketch import sketch_deviance_quantile, sketch_merge_, sketch_quantile, sketch_sort_
+from bkd_fast.ops.sketch import (
+    empty_tiles,
+    sketch_deviance_quantile,
+    sketch_histogram,
+    sketch_merge_,
+    sketch_quantile,
+    sketch_sort_,
+    sketch_update_,
+    tiles_on,
+)
 from bkd_fast.posterior.predictive import PosteriorPredictive
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -106,18 +123,59 @@ def test_sketches_are_the_cpus(backend: str, bins: int) -> None:
             found = sketch_quantile(ours.tiles, q)
         for a, b in zip(found, sketch_quantile(theirs.tiles, q), strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
-    for level in (0.05, 0.5, 0.95, 1.0):
-        with chosen(backend):
-            deviance = sketch_deviance_quantile(ours.tiles, level)
-        # where a sum meets the level within rounding, the next code (2^-10) is as right
-        torch.testing.assert_close(
-            deviance.cpu(), sketch_deviance_quantile(theirs.tiles, level), rtol=1.1e-3, atol=1e-9, equal_nan=True
-        )
+    levels = torch.tensor([0.05, 0.5, 0.95, 1.0, 0.3, 0.7, 0.9], dtype=torch.float64)
+    with chosen(backend):
+        deviance = sketch_deviance_quantile(ours.tiles, levels.to(GPU))
+        plain = sketch_histogram(ours.tiles, 1, 6)
+    # where a sum meets the level within rounding, the next code (2^-10) is as right
+    torch.testing.assert_close(
+        deviance.cpu(), sketch_deviance_quantile(theirs.tiles, levels), rtol=1.1e-3, atol=1e-9, equal_nan=True
+    )
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(plain, sketch_histogram(theirs.tiles, 1, 6), strict=True))
     for tiles, more in ((ours.tiles, our_other.tiles), (theirs.tiles, other.tiles)):
         with chosen(backend):
             sketch_merge_(tiles, more)
             sketch_sort_(tiles)
     assert_same_bits(copied(ours), theirs)
+
+
+@KERNELS
+@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+def test_picked_codes_and_states_without_histograms_are_the_cpus(backend: str, rows: int, classes: int) -> None:
+    theirs = empty_state(rows, classes, 64, histogram=False)
+    ours = empty_state(rows, classes, 64, GPU, histogram=False)
+    generator = torch.Generator().manual_seed(classes)
+    picked = torch.randint(classes, (rows, 3), generator=generator).int()
+    for draws in (64, 7):
+        ids = torch.randperm(rows, generator=generator)[: rows - 1]
+        logits = logits_of(draws, rows, classes, seed=draws)[:, ids]
+        expected = predictive_update_(theirs, logits, ids, picked=picked)
+        with chosen(backend):
+            found = predictive_update_(ours, logits.to(GPU), ids, picked=picked.to(GPU))
+        assert torch.equal(found.valid.cpu(), expected.valid)
+        codes = found.codes.cpu()[expected.valid].int() - expected.codes[expected.valid]
+        assert int(codes.abs().max()) <= (backend == "triton")
+    if backend == "cuda":
+        assert_same_bits(copied(ours), theirs)
+    else:
+        assert_moments_close(copied(ours), theirs)
+
+
+@KERNELS
+@pytest.mark.parametrize("bins", [64, 128])
+@pytest.mark.parametrize("row_cells", [1, 2, 17, 64, 150])
+def test_codes_go_into_tiles_to_the_cpus_bits(backend: str, row_cells: int, bins: int) -> None:
+    rows, generator = 90, torch.Generator().manual_seed(row_cells)
+    theirs, ours = empty_tiles(rows, row_cells, bins), empty_tiles(rows, row_cells, bins, GPU)
+    for draws in (1, 60, 7, 64, 30, 64):
+        ids = torch.randperm(rows, generator=generator)[:70].sort().values
+        spread = 10 ** torch.randint(1, 5, (row_cells,), generator=generator)
+        codes = (spread * torch.randn(draws, 70, row_cells, generator=generator)).round().clamp(-32768, 32767)
+        codes, valid = codes.to(torch.int16), torch.rand(draws, 70, generator=generator) > 0.2
+        sketch_update_(theirs, codes, valid, ids)
+        with chosen(backend), nothing_waits():
+            sketch_update_(ours, *(x.to(GPU, non_blocking=True) for x in (codes, valid, ids)))
+    assert_same_tiles(tiles_on(ours, torch.device("cpu")), theirs)
 
 
 @dataclass

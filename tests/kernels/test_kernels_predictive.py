@@ -9,12 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from predictive_states import assert_close, assert_same_bits, copied, filled_unequally, logits_of
+from predictive_states import (
+    assert_close,
+    assert_moments_close,
+    assert_same_bits,
+    assert_same_tiles,
+    copied,
+    filled_unequally,
+    logits_of,
+)
 from torch import Tensor
 
 from bkd_fast.ops import use_backend
-from bkd_fast.ops.predictive import PredictiveState, Rows, empty_state, predictive_update_, recorded_rows, sorted_rows
-from bkd_fast.ops.sketch import Tiles, sketch_deviance_quantile, sketch_merge_, sketch_quantile, sketch_sort_
+from bkd_fast.ops.predictive import (
+    PickedCodes,
+    PredictiveState,
+    Rows,
+    empty_state,
+    predictive_update_,
+    recorded_rows,
+    sorted_rows,
+)
+from bkd_fast.ops.sketch import (
+    Tiles,
+    empty_tiles,
+    sketch_deviance_quantile,
+    sketch_histogram,
+    sketch_merge_,
+    sketch_quantile,
+    sketch_sort_,
+    sketch_update_,
+)
 
 pytest.importorskip("bkd_fast._native")
 
@@ -51,6 +76,61 @@ def test_triton_agrees_with_the_cpu(classes: int, bins: int, counts: list[int], 
         predictive_update_(ours, logits, torch.tensor(present))
     assert int(theirs.invalid.sum()) >= 3
     assert_close(ours, theirs)
+
+
+@interpreted
+@pytest.mark.parametrize(("classes", "picks"), [(10, 3), (37, 1), (2, 2)])
+def test_triton_picks_codes_and_leaves_the_histogram_out(classes: int, picks: int) -> None:
+    pytest.importorskip("triton")
+    rows, present = 5, torch.tensor([4, 0, 2, 3])
+    picked = torch.stack(
+        [torch.randperm(classes, generator=torch.Generator().manual_seed(r))[:picks] for r in range(rows)]
+    ).int()
+    theirs, ours = (empty_state(rows, classes, 64, histogram=False) for _ in range(2))
+    for seed in (1, 2):  # new rows, and old ones
+        logits = logits_of(5, len(present), classes, seed=seed)
+        expected = predictive_update_(theirs, logits, present, picked=picked)
+        with use_backend("triton"):
+            found = predictive_update_(ours, logits, present, picked=picked)
+        assert torch.equal(found.order, expected.order) and torch.equal(found.valid, expected.valid)
+        assert not expected.valid.all()
+        assert (found.codes.int() - expected.codes.int())[expected.valid].abs().max() <= 1
+        assert_moments_close(ours, theirs)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("row_cells", "bins", "counts", "present"),
+    [
+        (10, 64, [0, 3, 60, 62, 64, 65, 200, 70], [0, 1, 2, 3, 4, 5, 6]),
+        (37, 128, [127, 300, 0, 128], [0, 2, 3]),
+        (1, 64, [*range(55, 70), 0, 100], [0, *range(3, 17)]),
+        (150, 64, [63, 200], [0, 1]),
+    ],
+)
+def test_triton_adds_codes_to_the_cpus_bits(row_cells: int, bins: int, counts: list[int], present: list[int]) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(row_cells)
+
+    def codes_of(draws: int, rows: int, spread: int) -> Tensor:
+        return (
+            (spread * torch.randn(draws, rows, row_cells, generator=generator))
+            .round()
+            .clamp(-32768, 32767)
+            .to(torch.int16)
+        )
+
+    theirs = empty_tiles(len(counts), row_cells, bins)
+    for r, count in enumerate(counts):
+        sketch_update_(theirs, codes_of(count, 1, 900), None, torch.tensor([r]))
+    ours = Tiles(*(t.clone() for t in theirs[:4]), row_cells)
+    rows = torch.tensor([*present, len(counts)])  # the last one is left out
+    codes = codes_of(6, len(rows), 2500)
+    valid = torch.rand(6, len(rows), generator=generator) > 0.3
+    sketch_update_(theirs, codes[:, :-1], valid[:, :-1], rows[:-1])
+    with use_backend("triton"):
+        sketch_update_(ours, codes, valid, rows)
+    assert_same_tiles(ours, theirs)
 
 
 @interpreted
@@ -96,17 +176,22 @@ def test_recorded_rows() -> None:
 def test_the_sketch_without_cupy_is_the_cpus() -> None:
     pytest.importorskip("triton")
     tiles, other = (filled_unequally(5, 7, 64, counts).tiles for counts in ([0, 5, 64, 65, 99], [3, 0, 9, 70, 80]))
-    expected = Tiles(*(t.clone() for t in tiles[:4]), 7)
+    expected, levels = Tiles(*(t.clone() for t in tiles[:4]), 7), torch.linspace(0.1, 1, 5, dtype=torch.float64)
     sketch_merge_(expected, other)
     sketch_sort_(expected)
     with use_backend("triton"):
         sketch_merge_(tiles, other)
         sketch_sort_(tiles)
-        found = [*sketch_quantile(tiles, 0.3), sketch_deviance_quantile(tiles, 0.9)]
+        found = [*sketch_quantile(tiles, 0.3), sketch_deviance_quantile(tiles, levels), *sketch_histogram(tiles, 1, 4)]
     assert all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(tiles[:4], expected[:4], strict=True)
     )
-    assert all(map(torch.equal, found, [*sketch_quantile(expected, 0.3), sketch_deviance_quantile(expected, 0.9)]))
+    theirs = [
+        *sketch_quantile(expected, 0.3),
+        sketch_deviance_quantile(expected, levels),
+        *sketch_histogram(expected, 1, 4),
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found, theirs, strict=True))
 
 
 # ---- CUDA's lanes, on the host ----
@@ -123,21 +208,34 @@ def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     yield ctypes.CDLL(str(library))
 
 
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 def update_by_lanes(
-    lanes: ctypes.CDLL, state: PredictiveState, logits: Tensor, rows: Rows | None = None, chunk: int = 1000
-) -> None:
+    lanes: ctypes.CDLL,
+    state: PredictiveState,
+    logits: Tensor,
+    rows: Rows | None = None,
+    chunk: int = 1000,
+    picked: Tensor | None = None,
+) -> PickedCodes:
     """`predictive_update_` of up to 64 draws as csrc/cuda/predictive.cu does it, `chunk` rows at a time."""
     if rows is None:
         rows = Rows(torch.arange(logits.shape[1]), torch.arange(logits.shape[1]))
     tiles, *others = state
-    address = lambda tensor: ctypes.c_void_p(tensor.data_ptr())  # noqa: E731
+    picked = torch.empty(tiles.counts.numel(), 0, dtype=torch.int32) if picked is None else picked
+    draws, size = logits.shape[0], rows.order.numel()
+    codes = torch.zeros(draws, size, picked.shape[1], dtype=torch.int16)
+    valid = torch.zeros(draws, size, dtype=torch.bool)
     long = ctypes.c_int64
     lanes.update_tiles(
         address(logits), long(logits.stride(0)), logits.shape[0], address(rows.order), address(rows.batch),
         long(rows.order.numel()), long(chunk), *map(address, (tiles.counters, tiles.minimum, tiles.maximum)),
         *map(address, others[:3]), address(tiles.counts), *map(address, others[3:]), long(tiles.counts.numel()),
-        tiles.row_cells, tiles.counters.shape[1],
+        tiles.row_cells, tiles.counters.shape[1], address(picked), picked.shape[1], address(codes), address(valid),
     )  # fmt: skip
+    return PickedCodes(rows.order, codes, valid)
 
 
 WINDOWS = (1, 7, 32, 20, 5, 64, 40, 3)
@@ -172,6 +270,46 @@ def test_lanes_of_subsets_in_chunks_give_the_cpus_bits(lanes: ctypes.CDLL, rows:
         update_by_lanes(lanes, ours, batch, sorted_rows(ids, len(ids), rows, ids.device), chunk=1 + k)
         assert_same_bits(ours, theirs)
     assert len(theirs.tiles.counts.unique()) > 2
+
+
+@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+def test_lanes_pick_codes_and_leave_the_histogram_out_to_the_cpus_bits(
+    lanes: ctypes.CDLL, rows: int, classes: int
+) -> None:
+    logits = logits_of(40, rows, classes, seed=classes + 2)
+    ours, theirs = (empty_state(rows, classes, 64, histogram=False) for _ in range(2))
+    generator = torch.Generator().manual_seed(rows)
+    picked = torch.randint(classes, (rows, 3), generator=generator).int()
+    for draws in (40, 5):
+        ids = torch.randperm(rows, generator=generator)[: rows - 1]
+        expected = predictive_update_(theirs, logits[:draws, ids], ids, picked=picked)
+        found = update_by_lanes(
+            lanes, ours, logits[:draws, ids], sorted_rows(ids, len(ids), rows, ids.device), 4, picked
+        )
+        assert_same_bits(ours, theirs)
+        assert torch.equal(found.valid, expected.valid)
+        assert torch.equal(found.codes[found.valid], expected.codes[expected.valid])
+
+
+@pytest.mark.parametrize("bins", [64, 128])
+@pytest.mark.parametrize("row_cells", [1, 2, 17, 64, 150])
+def test_cells_take_codes_to_the_cpus_bits(lanes: ctypes.CDLL, row_cells: int, bins: int) -> None:
+    rows = 9
+    generator = torch.Generator().manual_seed(row_cells)
+    ours, theirs = empty_tiles(rows, row_cells, bins), empty_tiles(rows, row_cells, bins)
+    for draws in (1, 60, 7, 64, 30, 64):
+        ids = torch.randperm(rows, generator=generator)[:7].sort().values
+        spread = 10 ** torch.randint(1, 5, (row_cells,), generator=generator)
+        codes = (spread * torch.randn(draws, 8, row_cells, generator=generator)).round().clamp(-32768, 32767)
+        codes = codes.to(torch.int16)
+        valid = torch.rand(draws, 8, generator=generator) > 0.2
+        sketch_update_(theirs, codes[:, :7], valid[:, :7], ids)
+        order = torch.cat([ids, torch.tensor([rows])])  # which is left out
+        lanes.update_cells(
+            *map(address, ours[:4]), ctypes.c_int64(rows), ctypes.c_int64(row_cells), bins, address(codes), address(valid),
+            draws, address(order), ctypes.c_int64(8),
+        )  # fmt: skip
+        assert_same_tiles(ours, theirs)
 
 
 def test_lanes_leave_recorded_rows_out(lanes: ctypes.CDLL) -> None:

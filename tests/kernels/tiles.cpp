@@ -1,9 +1,11 @@
 // csrc/cuda/predictive.cu in plain C++: a block's lanes one after the other between its barriers. What a lane does to its cells
-// is the kernel's own code (csrc/tile.h); this file stands in for the grid, the shuffles and the copies. For a test.
+// is the kernel's own code (csrc/tile.h); this file stands in for the grid, the shuffles and the copies. And of csrc/cuda/sketch.cu
+// what adds codes (csrc/sketch.h). For a test.
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "sketch.h"
 #include "tile.h"
 
 namespace {
@@ -28,8 +30,8 @@ DrawStatistics measure(const float* row, int classes) {
 }
 
 template <bool one_row, int log2_bins>
-void update(const PredictiveState& state, const PredictiveWindow& window, int64_t chunk) {
-  constexpr int bins = 1 << log2_bins;
+void update(const PredictiveState& state, const PredictiveWindow& window, const PickedCodes& picked, int64_t chunk) {
+  constexpr int bins = log2_bins > 0 ? 1 << log2_bins : 0;
   const int per_row = tiles_per_row(state.classes);
   for (int64_t begin = 0; begin < window.size; begin += chunk) {
     const int64_t end = begin + chunk < window.size ? begin + chunk : window.size;
@@ -64,6 +66,9 @@ void update(const PredictiveState& state, const PredictiveWindow& window, int64_
             (part[0] + part[1]) + (part[2] + part[3]);
       }
     }
+    for (int w = 0; w < window.draws; ++w)
+      for (int64_t i = begin; i < end; ++i)
+        for (int nth = 0; nth < picked.picks; ++nth) pick_code(state, window, picked, statistics, w, i, nth);
     for (int64_t i = begin; i < end; ++i) finish_row(state, window, statistics, sums.data() + (i - begin) * per_row, i);
   }
 }
@@ -74,12 +79,38 @@ void update(const PredictiveState& state, const PredictiveWindow& window, int64_
 extern "C" void update_tiles(const float* logits, int64_t draw_stride, int32_t draws, const int64_t* rows, const int64_t* batch,
                              int64_t size, int64_t chunk, uint16_t* counters, int16_t* minimum, int16_t* maximum, float* mean,
                              float* m2, float* reference, int32_t* counts, int32_t* invalid, double* entropy,
-                             double* divergence, int64_t num_rows, int32_t classes, int32_t bins) {
+                             double* divergence, int64_t num_rows, int32_t classes, int32_t bins, const int32_t* classes_picked,
+                             int32_t picks, int16_t* codes, uint8_t* valid) {
   const PredictiveState state{counters, minimum, maximum, mean,       m2,       reference, counts,
                               invalid,  entropy, divergence, num_rows, classes,   log2_of(bins)};
   const PredictiveWindow window{logits, draw_stride, draws, rows, batch, size};
-  if (bins == 64)
-    classes % 2 == 0 ? update<true, 6>(state, window, chunk) : update<false, 6>(state, window, chunk);
+  const PickedCodes picked{classes_picked, picks, codes, valid};
+  const bool even = classes % 2 == 0;
+  if (!counters)
+    even ? update<true, 0>(state, window, picked, chunk) : update<false, 0>(state, window, picked, chunk);
+  else if (bins == 64)
+    even ? update<true, 6>(state, window, picked, chunk) : update<false, 6>(state, window, picked, chunk);
   else
-    classes % 2 == 0 ? update<true, 7>(state, window, chunk) : update<false, 7>(state, window, chunk);
+    even ? update<true, 7>(state, window, picked, chunk) : update<false, 7>(state, window, picked, chunk);
+}
+
+// Threads of csrc/cuda/sketch.cu's update_cells, last one first; counts are brought up to date after all.
+extern "C" void update_cells(uint16_t* counters, int16_t* minimum, int16_t* maximum, int32_t* counts, int64_t num_rows,
+                             int64_t row_cells, int32_t bins, const int16_t* codes, const uint8_t* valid, int32_t draws,
+                             const int64_t* rows, int64_t size) {
+  for (int64_t at = size * row_cells - 1; at >= 0; --at) {
+    const int64_t i = at / row_cells;
+    if (rows[i] >= num_rows) continue;
+    const int64_t cell = rows[i] * row_cells + (at - i * row_cells);
+    const Column column{counters + cell / kTileCells * (kTileCells * bins) + cell % kTileCells};
+    int min = minimum[cell], max = maximum[cell];
+    uint16_t room[kMaxBins];
+    add_codes_to(
+        column, counts[rows[i]], min, max, log2_of(bins), draws, [&](int w) { return (int)codes[w * size * row_cells + at]; },
+        [&](int w) { return valid[w * size + i] != 0; }, room);
+    minimum[cell] = (int16_t)min;
+    maximum[cell] = (int16_t)max;
+  }
+  for (int64_t i = 0; i < size; ++i)
+    for (int w = 0; rows[i] < num_rows && w < draws; ++w) counts[rows[i]] += valid[w * size + i] != 0;
 }

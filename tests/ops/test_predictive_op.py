@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bkd_fast.ops import use_backend
 from bkd_fast.ops.predictive import PredictiveState, empty_state, predictive_update_
-from bkd_fast.ops.sketch import TILE_CELLS, sketch_sort_
+from bkd_fast.ops.sketch import empty_tiles, sketch_sort_, sketch_update_
 
 native = pytest.importorskip("bkd_fast._native")
 
@@ -43,7 +43,7 @@ def tensors(state: PredictiveState) -> dict[str, Tensor]:
     named = {**state.tiles._asdict(), **state._asdict()}
     flat = {k: v for k, v in named.items() if isinstance(v, Tensor)}
     counters = flat.pop("counters").to(torch.int32).transpose(1, 2).reshape(-1, state.tiles.counters.shape[1])[:cells]
-    padded = state.tiles.counters.shape[0] * TILE_CELLS
+    padded = state.mean.numel()
     return {"counters": counters, **{k: v[:cells] if v.numel() == padded else v for k, v in flat.items()}}
 
 
@@ -138,8 +138,8 @@ def test_rows_with_unequal_numbers_of_draws_equal_separate_states(isa: str) -> N
 def test_opcheck() -> None:
     state = empty_state(3, 5, 64)
     arguments = (
-        torch.randn(4, 3, 5), torch.arange(3), torch.arange(3), *state.tiles[:4], state.mean, state.m2, state.reference,
-        state.invalid, state.entropy, state.divergence,
+        torch.randn(4, 3, 5), torch.arange(3), torch.arange(3), torch.tensor([[0, 4]] * 3, dtype=torch.int32),
+        *state.tiles[:4], state.mean, state.m2, state.reference, state.invalid, state.entropy, state.divergence,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.bkd_fast.predictive_update_.default, arguments)
 
@@ -174,3 +174,55 @@ def test_bad_input_changes_nothing(logits: Tensor, rows: Tensor | None, error: t
 def test_bad_sizes(arguments: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         empty_state(*arguments)
+
+
+@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+def test_picked_codes_are_those_of_the_histogram(isa: str, rows: int, classes: int) -> None:
+    """Cells that pick every class sketch what the histogram holds, whatever the batches; the reference agrees to a rounding."""
+    logits = draws_with_everything(rows, classes, seed=7)
+    picked = torch.stack(
+        [torch.randperm(classes, generator=torch.Generator().manual_seed(r)) for r in range(rows)]
+    ).int()
+    state, tiles = empty_state(rows, classes, 64), empty_tiles(rows, classes, 64)
+    for ids in torch.randperm(rows, generator=torch.Generator().manual_seed(8)).split(5):
+        found = predictive_update_(state, logits[:, ids], ids, picked=picked)
+        assert torch.equal(found.order, ids.sort().values)
+        with use_backend("reference"):
+            oracle = predictive_update_(empty_state(rows, classes, 64), logits[:, ids], ids, picked=picked)
+        assert torch.equal(found.valid, oracle.valid)
+        assert (found.codes.int() - oracle.codes.int())[found.valid].abs().max() <= 1
+        unpicked = torch.empty_like(found.codes).scatter_(
+            2, picked[found.order].long().expand(len(logits), -1, -1), found.codes
+        )
+        sketch_update_(tiles, unpicked, found.valid, found.order)
+    for t in (state.tiles, tiles):
+        sketch_sort_(t)
+    assert_same_bits(state, state._replace(tiles=tiles))
+
+
+@pytest.mark.parametrize(("rows", "classes"), SHAPES)
+def test_without_a_histogram_the_rest_is_the_same(isa: str, rows: int, classes: int) -> None:
+    logits = draws_with_everything(rows, classes, seed=9)
+    whole = updated(empty_state(rows, classes, 64), logits)
+    states = {}
+    for backend in ("cpp", "reference"):
+        with use_backend(backend):
+            states[backend] = empty_state(rows, classes, 64, histogram=False)
+            begin = 0
+            for size in WINDOWS:
+                predictive_update_(states[backend], logits[begin : begin + size])
+                begin += size
+    ours, oracle = tensors(states["cpp"]), tensors(states["reference"])
+    assert not ours["minimum"].numel()
+    for name, expected in tensors(whole).items():
+        if name not in ("counters", "minimum", "maximum"):
+            assert torch.equal(ours[name], expected), name
+            torch.testing.assert_close(oracle[name], expected, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_classes_that_are_picked_wrongly_change_nothing() -> None:
+    state = empty_state(3, 5, 64)
+    for picked in (torch.zeros(3, 2), torch.zeros(2, 2).int(), torch.zeros(3).int()):
+        with pytest.raises(ValueError, match=r"picked is .*: must be torch.int32 \(3, picks\)"):
+            predictive_update_(state, torch.zeros(1, 3, 5), picked=picked)
+    assert_same_bits(state, empty_state(3, 5, 64))

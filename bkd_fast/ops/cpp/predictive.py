@@ -9,7 +9,9 @@ from bkd_fast.ops.registry import implements
 
 
 @implements("predictive_update_", "cpp")
-def predictive_update_(logits: Tensor, rows: Tensor, batch: Tensor, state: PredictiveState) -> None:
+def predictive_update_(
+    logits: Tensor, rows: Tensor, batch: Tensor, state: PredictiveState, picked: Tensor, codes: Tensor, valid: Tensor
+) -> None:
     counters, minimum, maximum, counts = addresses(state.tiles)
     native.predictive_update(
         logits.data_ptr(),
@@ -28,6 +30,10 @@ def predictive_update_(logits: Tensor, rows: Tensor, batch: Tensor, state: Predi
         state.invalid.data_ptr(),
         state.entropy.data_ptr(),
         state.divergence.data_ptr(),
+        picked.data_ptr(),
+        picked.shape[1],
+        codes.data_ptr(),
+        valid.data_ptr(),
         num_rows=state.tiles.counts.numel(),
         num_classes=state.tiles.row_cells,
         bins=state.tiles.counters.shape[1],

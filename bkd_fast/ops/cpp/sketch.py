@@ -18,6 +18,26 @@ def addresses(tiles: Tiles) -> tuple[int, int, int, int]:
     )
 
 
+@implements("sketch_update_", "cpp")
+def sketch_update_(tiles: Tiles, codes: Tensor, valid: Tensor | None, rows: Tensor) -> None:
+    native.sketch_update(
+        *addresses(tiles), codes.data_ptr(), 0 if valid is None else valid.data_ptr(), codes.shape[0], rows.data_ptr(),
+        rows.numel(), num_rows=tiles.counts.numel(), row_cells=tiles.row_cells, bins=tiles.counters.shape[1],
+        threads=threads(),
+    )  # fmt: skip
+
+
+@implements("sketch_histogram", "cpp")
+def sketch_histogram(tiles: Tiles, begin: int, end: int, least: Tensor, most: Tensor) -> Tensor:
+    bins = tiles.counters.shape[1]
+    out = torch.empty(end - begin, tiles.row_cells, bins, dtype=torch.int32)
+    native.sketch_histogram(
+        *addresses(tiles), begin, end, least.data_ptr(), most.data_ptr(), out.data_ptr(), rows=tiles.counts.numel(),
+        row_cells=tiles.row_cells, bins=bins, threads=threads(),
+    )  # fmt: skip
+    return out
+
+
 @implements("sketch_sort_", "cpp")
 def sketch_sort_(counters: Tensor, counts: Tensor, row_cells: int) -> None:
     native.sketch_sort(
@@ -40,10 +60,10 @@ def sketch_quantile(tiles: Tiles, q: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @implements("sketch_deviance_quantile", "cpp")
-def sketch_deviance_quantile(tiles: Tiles, level: float) -> Tensor:
+def sketch_deviance_quantile(tiles: Tiles, level: Tensor) -> Tensor:
     out = torch.empty(tiles.counts.numel(), dtype=torch.float32)
     native.sketch_deviance_quantile(
-        *addresses(tiles), level, out.data_ptr(), rows=out.numel(), row_cells=tiles.row_cells,
+        *addresses(tiles), level.data_ptr(), out.data_ptr(), rows=out.numel(), row_cells=tiles.row_cells,
         bins=tiles.counters.shape[1], threads=threads(),
     )  # fmt: skip
     return out

@@ -24,7 +24,7 @@ def measure_instance_of(classes: int) -> str:
 
 
 def update_instance_of(classes: int, bins: int) -> str:
-    """The C++ name of `update_tiles`' kernel."""
+    """The C++ name of `update_tiles`' kernel; bins = 1: without a histogram."""
     return f"bkd::update_tiles<{str(classes % 2 == 0).lower()}, {bins.bit_length() - 1}>"
 
 
@@ -36,7 +36,9 @@ def _rows_at_once(device: int, draws: int, classes: int) -> int:
 
 
 @implements("predictive_update_", "cuda")
-def predictive_update_(logits: Tensor, rows: Tensor, batch: Tensor, state: PredictiveState) -> None:
+def predictive_update_(
+    logits: Tensor, rows: Tensor, batch: Tensor, state: PredictiveState, picked: Tensor, codes: Tensor, valid: Tensor
+) -> None:
     device, classes, num_rows = logits.device, np.int32(state.tiles.row_cells), state.tiles.counts.numel()
     draws, size = np.int32(logits.shape[0]), rows.numel()
     if logits.data_ptr() % 8:  # pairs of logits are read as one
@@ -46,7 +48,8 @@ def predictive_update_(logits: Tensor, rows: Tensor, batch: Tensor, state: Predi
     statistics = torch.empty(int(draws) * at_once * _STATISTICS_BYTES, dtype=torch.uint8, device=device)
     sums = torch.empty(at_once * tiles_per_row, dtype=torch.float64, device=device)
     tiles = state.tiles
-    bins = tiles.counters.shape[1]
+    bins = tiles.counters.shape[1] if len(tiles.counters) else 1
+    picks = picked.shape[1]
     for begin in range(0, size, at_once):
         end = min(begin + at_once, size)
         threads = int(draws) * (end - begin) * (1 if classes <= _SHORT_ROW else _SUM_LANES)
@@ -65,6 +68,16 @@ def predictive_update_(logits: Tensor, rows: Tensor, batch: Tensor, state: Predi
             ),
             device,
         )  # fmt: skip
+        if picks:
+            launch(
+                _SOURCE, "bkd::pick_codes", (-(-int(draws) * (end - begin) * picks // _THREADS),), (_THREADS,),
+                (
+                    logits.data_ptr(), logits.stride(0), draws, rows.data_ptr(), batch.data_ptr(), begin, end, size,
+                    statistics.data_ptr(), picked.data_ptr(), np.int32(picks), codes.data_ptr(), valid.data_ptr(), num_rows,
+                    classes,
+                ),
+                device,
+            )  # fmt: skip
         launch(
             _SOURCE, "bkd::finish_rows", (-(-(end - begin) // _THREADS),), (_THREADS,),
             (

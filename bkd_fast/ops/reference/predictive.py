@@ -48,26 +48,36 @@ def is_valid(z: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 @implements("predictive_update_", "reference")
-def predictive_update_(logits: Tensor, rows: Tensor, batch: Tensor, state: PredictiveState) -> None:
-    for r, b in zip(rows.tolist(), batch.tolist(), strict=True):
+def predictive_update_(
+    logits: Tensor, rows: Tensor, batch: Tensor, state: PredictiveState, picked: Tensor, codes: Tensor, valid: Tensor
+) -> None:
+    for place, (r, b) in enumerate(zip(rows.tolist(), batch.tolist(), strict=True)):
         draws = logits[:, b].numpy()
-        z = draws[is_valid(draws)].astype(np.float64)
+        counted = is_valid(draws)
+        if picked.shape[1]:
+            valid[:, place] = torch.from_numpy(counted)
+        z = draws[counted].astype(np.float64)
         state.invalid[r] += len(draws) - len(z)
         if not len(z):
             continue
         p, logit = softmax_and_logits(z)
-        row = Row(state.tiles, r)
-        row.add(codes_of(logit))
+        coded = codes_of(logit)
+        if picked.shape[1]:
+            codes[valid[:, place], place] = torch.from_numpy(coded[:, picked[r].numpy()]).to(torch.int16)
+        count = int(state.tiles.counts[r])
+        if len(state.tiles.counters):
+            Row(state.tiles, r).add(coded)
 
-        cells = torch.from_numpy(row.cells)
-        before, n = state.mean[cells].double().numpy(), row.count + len(z)
-        shift = before if row.count else p[0]
+        classes = state.tiles.row_cells
+        cells = torch.arange(r * classes, (r + 1) * classes)
+        before, n = state.mean[cells].double().numpy(), count + len(z)
+        shift = before if count else p[0]
         total, squares = (p - shift).sum(0), ((p - shift) ** 2).sum(0)
         mean = shift + total / n
         m2 = state.m2[cells].double().numpy() + squares - total**2 / n
         state.mean[cells] = torch.from_numpy(mean).float()
         state.m2[cells] = torch.from_numpy(m2).float()
-        if row.count == 0:
+        if count == 0:
             state.reference[cells] = torch.from_numpy(mean).float().clamp_min(SMALLEST_REFERENCE)
         reference = state.reference[cells].double().numpy()
         state.entropy[r] += float(entropy_of(p).sum())

@@ -111,6 +111,27 @@ def rows_of(tiles: Tiles) -> Iterator[tuple[int, Row]]:
         yield row, Row(tiles, row)
 
 
+@implements("sketch_update_", "reference")
+def sketch_update_(tiles: Tiles, codes: Tensor, valid: Tensor | None, rows: Tensor) -> None:
+    for b, r in enumerate(rows.tolist()):
+        taken = codes[:, b] if valid is None else codes[valid[:, b], b]
+        if r < tiles.counts.numel() and len(taken):
+            Row(tiles, r).add(taken.numpy().astype(np.int64))
+            tiles.counts[r] += len(taken)
+
+
+@implements("sketch_histogram", "reference")
+def sketch_histogram(tiles: Tiles, begin: int, end: int, least: Tensor, most: Tensor) -> Tensor:
+    out = np.zeros((end - begin, tiles.row_cells, tiles.counters.shape[1]), np.int32)
+    for r, row in rows_of(tiles):
+        if begin <= r < end:
+            low, high = (codes[r - begin].numpy().astype(np.int64) for codes in (least, most))
+            level = level_of(low, high, row.bins)
+            numbers = (low >> level)[:, None] + np.arange(row.bins)
+            out[r - begin] = np.take_along_axis(row.counters_at(level), numbers & (row.bins - 1), axis=1)
+    return torch.from_numpy(out)
+
+
 @implements("sketch_sort_", "reference")
 def sketch_sort_(counters: Tensor, counts: Tensor, row_cells: int) -> None:
     nothing = torch.zeros(counters.shape[0] * TILE_CELLS, dtype=torch.int16)  # extremes do not matter here
@@ -139,7 +160,7 @@ def sketch_quantile(tiles: Tiles, q: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @implements("sketch_deviance_quantile", "reference")
-def sketch_deviance_quantile(tiles: Tiles, level: float) -> Tensor:
+def sketch_deviance_quantile(tiles: Tiles, level: Tensor) -> Tensor:
     out = np.full(tiles.counts.numel(), np.nan, np.float32)
     for r, row in rows_of(tiles):
         if row.counting:
@@ -154,7 +175,7 @@ def sketch_deviance_quantile(tiles: Tiles, level: float) -> Tensor:
         order = codes.argsort()[::-1]  # -2 log p falls with the code
         logits = codes[order] / CODES_PER_UNIT
         weight = (draws[order] / (1 + np.exp(-logits))).cumsum()
-        reached = min(int(np.searchsorted(weight, level * weight[-1])), len(weight) - 1)
+        reached = min(int(np.searchsorted(weight, float(level[r]) * weight[-1])), len(weight) - 1)
         out[r] = 2 * np.log1p(np.exp(-logits[reached]))
     return torch.from_numpy(out)
 

@@ -1,5 +1,7 @@
-"""The sketch's tiles without CuPy: on the CPU, by copies there and back. They are read and merged seldom, and csrc/cuda has them
-as kernels; a kernel in Triton, which cannot index a cell's slots, would gain nothing.
+"""The sketch's tiles without CuPy: codes are added in Triton; the rest is done on the CPU, by copies there and back.
+
+Tiles are read and merged seldom, and csrc/cuda has that as kernels; one in Triton, which cannot index a cell's slots, would gain
+nothing.
 """
 
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bkd_fast.kernels import predictive
 from bkd_fast.ops.registry import backends, find, implements, use_backend
 from bkd_fast.ops.sketch import Tiles, tiles_on
 
@@ -18,6 +21,18 @@ def _on_cpu(operation: str) -> Callable[..., Any]:
     """The CPU's own implementation, also where Triton's interpreter serves CPU tensors."""
     with use_backend("reference" if backends()["cpp"].missing else "cpp"):
         return find(operation, _CPU)
+
+
+@implements("sketch_update_", "triton")
+def sketch_update_(tiles: Tiles, codes: Tensor, valid: Tensor | None, rows: Tensor) -> None:
+    with torch.cuda.device_of(codes):
+        predictive.sketch_update_(codes, valid, rows, *tiles)
+
+
+@implements("sketch_histogram", "triton")
+def sketch_histogram(tiles: Tiles, begin: int, end: int, least: Tensor, most: Tensor) -> Tensor:
+    out: Tensor = _on_cpu("sketch_histogram")(tiles_on(tiles, _CPU), begin, end, least.cpu(), most.cpu())
+    return out.to(tiles.counts.device)
 
 
 @implements("sketch_sort_", "triton")
@@ -36,9 +51,9 @@ def sketch_quantile(tiles: Tiles, q: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @implements("sketch_deviance_quantile", "triton")
-def sketch_deviance_quantile(tiles: Tiles, level: float) -> Tensor:
-    out: Tensor = _on_cpu("sketch_deviance_quantile")(tiles_on(tiles, _CPU), level).to(tiles.counts.device)
-    return out
+def sketch_deviance_quantile(tiles: Tiles, level: Tensor) -> Tensor:
+    out: Tensor = _on_cpu("sketch_deviance_quantile")(tiles_on(tiles, _CPU), level.cpu())
+    return out.to(tiles.counts.device)
 
 
 @implements("sketch_merge_", "triton")
