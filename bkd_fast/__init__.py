@@ -7,10 +7,10 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 from bkd_fast import noise, ops
 from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.distill import KDLoss
-from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, NonFiniteError, StateFileError
+from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
-from bkd_fast.posterior import Draws, PosteriorPredictive
+from bkd_fast.posterior import Diagnostics, DrawRecord, Draws, PosteriorPredictive, data_hash
 from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule, mean_model
 from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
 from bkd_fast.sketch import QuantileSketch
@@ -30,11 +30,14 @@ __all__ = [
     "BackendUnavailableError",
     "Callback",
     "CyclicalSchedule",
+    "Diagnostics",
     "Draw",
+    "DrawRecord",
     "Draws",
     "Health",
     "KDLoss",
     "LinearHeadSampler",
+    "MissingLibraryError",
     "NonFiniteError",
     "PosteriorPredictive",
     "QuantileSketch",
@@ -45,6 +48,7 @@ __all__ = [
     "StepSize",
     "backends",
     "check_sampler",
+    "data_hash",
     "mean_model",
     "noise",
     "ops",

@@ -89,7 +89,20 @@ def test_the_native_code_includes_nothing_of_torch_and_headers_of_maths_nothing_
 
 def test_import_is_light():
     """Heavy extras stay out of `import bkd_fast` (the 0.3 s beyond torch are a benchmark's business, not a test's)."""
-    heavy = ["sklearn", "matplotlib", "typer", "pydantic", "rich", "triton", "cupy", "pandas", "bkd_fast.app"]
+    heavy = [
+        "sklearn",
+        "matplotlib",
+        "typer",
+        "pydantic",
+        "rich",
+        "triton",
+        "cupy",
+        "pandas",
+        "xarray",
+        "arviz",
+        "scipy",
+    ]
+    heavy.append("bkd_fast.app")
     code = f"import sys, torch; old = {{*sys.modules}}; import bkd_fast; print(sorted({{*{heavy}}} & {{*sys.modules}} - old))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"

@@ -1,14 +1,16 @@
 """Everything that a run found out, in one place: what metrics.json, the figures and the report are drawn from."""
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from bkd_fast.app.config import Config
 from bkd_fast.app.data import Images
 from bkd_fast.app.scores import Difference, Prediction, Scores, compare, score
+from bkd_fast.posterior import Diagnostics
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,30 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Convergence:
+    """Whether the chain's halves agree on the probabilities of labels and of top classes, and what its draws are worth there.
+
+    rhat: median rank-normalised split R-hat (None: too few draws); unconverged: the share of cells above `limit`.
+    ess: median effective draws of the mean (None: too few draws).
+    """
+
+    rhat: float | None
+    unconverged: float | None
+    limit: float
+    ess: float | None
+
+    @classmethod
+    def of(cls, diagnostics: Diagnostics) -> Self:
+        """From the posterior's own diagnostics."""
+
+        def known(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        medians = [known(float(figures.nanmedian())) for figures in (diagnostics.rhat, diagnostics.ess)]
+        return cls(medians[0], known(diagnostics.unconverged), diagnostics.limit, medians[1])
+
+
+@dataclass(frozen=True)
 class Timings:
     """Seconds of wall-clock time by part of the run; teacher is 0 where it came from the cache."""
 
@@ -51,6 +77,7 @@ class Results:
 
     teacher, kd, bkd: the three predictions for the test images.
     lower, upper: (N, C) ends of the credible intervals of the class probabilities at `config.posterior.level`.
+    convergence: of the chain, in function space.
     mutual_information: (N,) nats, the part of BKD's predictive entropy that comes from the parameters.
     coverage: of the deviance intervals, by increasing level; `config.posterior.level` is one of them.
     machine: what it ran on: versions, threads, instruction set.
@@ -65,6 +92,7 @@ class Results:
     lower: Tensor
     upper: Tensor
     mutual_information: Tensor
+    convergence: Convergence
     coverage: list[Coverage]
     trace: Trace
     timings: Timings
@@ -135,6 +163,7 @@ class Results:
             },
             "deviance_coverage": [asdict(coverage) for coverage in self.coverage],
             "mean_mutual_information": float(self.mutual_information.mean()),
+            "convergence": asdict(self.convergence),
             "health": {"noise_share": self.trace.noise_share, "stationarity": self.trace.stationarity},
             "seconds": asdict(self.timings),
             "throughput": self.throughput,

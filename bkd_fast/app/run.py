@@ -17,7 +17,7 @@ from bkd_fast.app import data, figures, models, report, train
 from bkd_fast.app.config import Config
 from bkd_fast.app.doctor import versions
 from bkd_fast.app.log import ChainLog, Log
-from bkd_fast.app.results import Coverage, Results, Timings, Trace
+from bkd_fast.app.results import Convergence, Coverage, Results, Timings, Trace
 from bkd_fast.app.scores import Prediction
 from bkd_fast.posterior.metrics import averaged_deviance_coverage, deviance_coverage
 
@@ -54,6 +54,11 @@ class Outputs:
         return self.folder / "draws.safetensors"
 
     @property
+    def card(self) -> Path:
+        """Of the draws."""
+        return self.folder / "draws.json"
+
+    @property
     def teacher(self) -> Path:
         return self.folder / "teacher.safetensors"
 
@@ -63,7 +68,7 @@ class Outputs:
         The cached teacher stays: it knows what it was trained on.
         """
         self.figures.mkdir(parents=True, exist_ok=True)
-        for path in (self.metrics, self.report, self.log, self.draws, *self.figures.glob("*.png")):
+        for path in (self.metrics, self.report, self.log, self.draws, self.card, *self.figures.glob("*.png")):
             path.unlink(missing_ok=True)
 
 
@@ -123,6 +128,7 @@ def _work(config: Config, images: data.Images, outputs: Outputs, log: Log, conso
         lower=lower,
         upper=upper,
         mutual_information=posterior.mutual_information,
+        convergence=Convergence.of(posterior.diagnostics()),
         coverage=_coverage(posterior, images.test_y, sorted({*COVERAGE_LEVELS, config.posterior.level})),
         trace=Trace(chain.steps, chain.phases, chain.energies, chain.noise_share, chain.stationarity),
         timings=Timings(teacher_seconds, student_seconds, sampling_seconds, predictive_seconds, log.seconds),
@@ -160,7 +166,13 @@ def _sample(
         shuffle_seed=config.seed + 2,
     )
     testing = data.Batches(images.test_x, images.test_y, batch_size=train.EVALUATION_BATCH)
-    posterior = bkd.PosteriorPredictive(num_rows=len(images.test_y), num_classes=images.num_classes)
+    posterior = bkd.PosteriorPredictive(
+        num_rows=len(images.test_y),
+        num_classes=images.num_classes,
+        labels=images.test_y,
+        diagnostics=True,
+        num_draws=settings.num_draws if settings.num_draws > 1 else None,
+    )
     draws = bkd.Draws(kept, model, keep=config.posterior.keep)
     begin = time.perf_counter()
     predictive_seconds = 0.0
@@ -180,6 +192,12 @@ def _sample(
         posterior.update(draw, testing)
         draws.add(draw)
         predictive_seconds += time.perf_counter() - drawn
+    draws.write_card(
+        data_hash=bkd.data_hash(images.train_x, images.train_y),
+        sampler=sampler,
+        health={"noise_share": chain.noise_share, "stationarity": chain.stationarity},
+        notes={"data": images.name, "title": config.title},
+    )
     drawn = time.perf_counter()
     posterior.flush()
     end = time.perf_counter()

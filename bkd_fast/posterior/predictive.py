@@ -36,7 +36,7 @@ from bkd_fast.posterior.chains import ChainRecord, Piece, chains_from_dict, chai
 from bkd_fast.posterior.classes import ChosenClasses, Track
 from bkd_fast.posterior.diagnostics import Diagnostics
 from bkd_fast.posterior.evaluation import Draw, RowOrder, batches_of, check_loader, evaluating, logits_of_snapshots
-from bkd_fast.posterior.export import to_html
+from bkd_fast.posterior.export import QUANTILES, to_arviz, to_html, to_pandas, to_xarray
 from bkd_fast.posterior.plots import Plots
 from bkd_fast.posterior.pooling import (
     join_records,
@@ -411,6 +411,30 @@ class PosteriorPredictive(PredictiveSummary):
     def plot(self) -> Plots:
         """Figures: `.intervals()`, `.reliability(labels)`, `.risk_coverage(labels)`, `.convergence()`."""
         return Plots(self)
+
+    def to_xarray(self, quantiles: Sequence[float] = QUANTILES) -> Any:
+        """Every result as an xarray.Dataset: dimensions row, class (moments), tracked (the sketch), quantile.
+
+        Raises:
+            MissingLibraryError: xarray is not installed. ValueError: a quantile is not in [0, 1].
+        """
+        return to_xarray(self, quantiles)
+
+    def to_pandas(self, level: float = 0.95) -> tuple[Any, Any]:
+        """(rows, cells), two pandas.DataFrame: a line for each row; one for each row and tracked class, with its interval.
+
+        Raises:
+            MissingLibraryError: pandas is not installed. ValueError: level is not in (0, 1).
+        """
+        return to_pandas(self, level)
+
+    def to_arviz(self, quantiles: Sequence[float] = QUANTILES) -> Any:
+        """What ArviZ works on, with `to_xarray` as the group `streaming_summary` and kept traces as `posterior`.
+
+        Raises:
+            MissingLibraryError: ArviZ is not installed. ValueError: a quantile is not in [0, 1].
+        """
+        return to_arviz(self, quantiles)
 
     def _repr_html_(self) -> str:
         return to_html(self)

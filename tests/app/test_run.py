@@ -87,7 +87,10 @@ def test_the_outputs_are_all_there_and_named(finished):
     outputs, printed = finished
     found = {path.relative_to(outputs.folder).as_posix() for path in outputs.folder.rglob("*") if path.is_file()}
     pngs = {f"figures/{name}.png" for name in FIGURES}
-    assert found == {"metrics.json", "report.html", "log.jsonl", "draws.safetensors", "teacher.safetensors"} | pngs
+    assert (
+        found
+        == {"metrics.json", "report.html", "log.jsonl", "draws.safetensors", "draws.json", "teacher.safetensors"} | pngs
+    )
     for name in ("report.html", "metrics.json", "figures", "draws.safetensors", "log.jsonl"):
         assert name in printed
     assert "BKD student" in printed
