@@ -31,7 +31,7 @@ def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
 
 
 class QuantileSketch:
-    """Streaming quantiles of every element of a tensor: 140 bytes an element (64 bins), however many values.
+    """Streaming quantiles of every element of a tensor: 136 bytes an element (64 bins), however many values.
 
     A value v becomes the code rint((v - center) / resolution), of 16 bits. The first `bins` codes of an element are kept; then
     they are counted in bins of 2^e codes, e the least for which the range of the codes fits. The order statistic ceil(q n)

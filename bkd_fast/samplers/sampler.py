@@ -682,7 +682,7 @@ class Sampler(torch.optim.Optimizer):
         raise ValueError(f"parameter of shape {tuple(parameter.shape)} is not one of this sampler's")
 
     def track_quantiles(self, names: Sequence[str], start: int = 0, every: int = 1) -> None:
-        """Keep streaming quantiles of some parameters: 140 bytes an element, and 32 draws that wait for each other.
+        """Keep streaming quantiles of some parameters: 152 bytes an element, and 32 draws that wait for each other.
 
         They are read by `quantiles`, and saved with the sampler. Each element's scale comes from its first 32 draws.
 

@@ -149,6 +149,7 @@ def test_saved_states_bring_their_classes() -> None:
 
 def test_classes_must_be_chosen_before_the_first_draw_of_logits() -> None:
     posterior = PosteriorPredictive(ROWS, CLASSES, track="topk:3")
+    assert posterior.tracked_classes.tolist() == [[-1] * 3] * ROWS and posterior.quantile(0.5).isnan().all()
     with pytest.raises(ValueError, match="not chosen yet"):
         posterior.update_logits(LOGITS)
     assert not posterior.counts.any()
