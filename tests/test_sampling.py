@@ -359,6 +359,19 @@ def test_stationarity_is_1_in_free_diffusion():
     assert health.stationarity[0] == pytest.approx(1, abs=5 * math.sqrt(2 / size) + 4 / 300)
 
 
+def test_draws_tell_the_cycle_that_they_were_made_in():
+    """Ten steps a cycle, the last five of each sample: the draw after a cycle's last step is still that cycle's."""
+    student = _Still(3)
+    sampler = bkd.SGLD(student.parameters(), 0.1, num_data=100)
+    schedule = CyclicalSchedule(sampler, 10, 0.5)
+    draws = bkd.sample(student, sampler, _linear, FLAT, num_draws=12, schedule=schedule, progress=False)
+    assert [draw.cycle for draw in draws] == [0] * 5 + [1] * 5 + [2] * 2
+    plain = bkd.sample(
+        student, bkd.SGLD(student.parameters(), 0.1, num_data=100), _linear, FLAT, num_draws=2, progress=False
+    )
+    assert [draw.cycle for draw in plain] == [0, 0]
+
+
 class Settings(bkd.Callback):
     """The sampler's settings after every step, that is for the next one."""
 

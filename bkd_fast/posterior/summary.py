@@ -52,7 +52,7 @@ class PredictiveSummary:
 
     @property
     def tracked_classes(self) -> Tensor:
-        """int64 (N, tracked): the classes whose quantiles are kept, in the order of every result of the sketch; -1 until chosen."""
+        """int64 (N, tracked): the classes whose quantiles are kept, in the order of the sketch's results; -1 until chosen."""
         if self._tracked is None and self._sketch.row_cells < self.num_classes:
             return torch.full((self.num_rows, self._sketch.row_cells), -1, device=self.device)
         if self._tracked is None:
