@@ -43,6 +43,18 @@ def test_exceedance_lies_within_its_bounds_and_they_hold_the_truth(kind: str, dr
         assert error.mean() < 0.003 and error.max() < 0.05
 
 
+@pytest.mark.parametrize("offset", [-0.45, -0.2, 0.2, 0.45])
+def test_bounds_of_exceedance_allow_for_the_rounding_of_codes(offset: float) -> None:
+    """All draws within one code of the threshold, on either side of it."""
+    logit = (7 + offset) / 1024
+    posterior = PosteriorPredictive(1, 2)
+    posterior.update_logits(torch.tensor([[[logit, 0.0]]]).repeat(100, 1, 1))
+    for shift in (-0.1, 0.1):
+        threshold = 1 / (1 + np.exp(-(7 + offset + shift) / 1024))
+        lower, upper = (float(bound[0, 0]) for bound in posterior.exceedance_bounds(threshold))
+        assert lower <= (shift < 0) <= upper
+
+
 def test_shortest_intervals_hold_their_share_and_are_short() -> None:
     logits = stream("iid", 2000, 12, 6, seed=4)
     posterior = filled(logits)
