@@ -123,6 +123,16 @@ def test_rows_that_lack_draws_are_nan_and_constant_ones_too() -> None:
     assert found.between_chain_ess is None and found.traces is None and found.trace_ess is None
 
 
+def test_rows_with_fewer_draws_than_others_have_no_batch_means() -> None:
+    posterior = PosteriorPredictive(2, 2, diagnostics=True)
+    posterior.choose_classes_by(torch.zeros(2, 2))
+    x = torch.randn(128, 2, 2, generator=torch.Generator().manual_seed(0))
+    posterior.update_logits(x[:100])
+    posterior.update_logits(x[100:, :1], torch.tensor([0]))
+    ess, _ = posterior.diagnostics().batch_ess
+    assert ess[1].isnan().all() and (ess[0] > 0).all()
+
+
 @dataclass
 class FakeDraw:
     model: nn.Module
