@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-CHUNK_CELLS = 2**13  # at a time, of eight sequences of 64 bins: 32 MB an array
+CHUNK_CELLS = 2**9  # at a time, of eight sequences of 128 bins: 4 MB an array, which a cache holds
 
 
 def rank_rhat(edges: Tensor, counts: Tensor) -> Tensor:
@@ -19,8 +19,9 @@ def rank_rhat(edges: Tensor, counts: Tensor) -> Tensor:
 
     Draws of one bin share the ranks that they have together: the mean and the mean square of the normal scores over these ranks
     are integrals, so that no variance within bins is lost. Folding takes the draws of a bin as evenly spread. On 128 bins to the
-    pooled range the result is within 1.5e-3 of that of the draws where it is below 1.06 (6e-3 where tails are heavy, whose
-    range leaves the bulk few bins).
+    pooled range the result differs from that of the draws, where it is below 1.06, by 1.7e-3 or less in 99 % of cells (2.5e-3 in
+    the worst of 1500 at autocorrelation .9 and 250 draws a chain; 6e-3 to 1e-2 where tails are heavy, whose range leaves the
+    bulk few bins).
 
     Args:
         edges: (cells, bins + 1), ascending; empty bins may have no width.
@@ -28,7 +29,15 @@ def rank_rhat(edges: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         (cells,); NaN where a sequence has fewer than two draws, there are fewer than two sequences, or all draws are in one bin.
+
+    Raises:
+        ValueError: shapes that disagree.
     """
+    if edges.dim() != 2 or counts.dim() != 3 or counts.shape[::2] != (len(edges), edges.shape[1] - 1):
+        raise ValueError(
+            f"edges have shape {tuple(edges.shape)} and counts {tuple(counts.shape)}: must be (cells, bins + 1) and "
+            "(cells, sequences, bins)"
+        )
     out = torch.empty(len(edges), dtype=torch.float64, device=edges.device)
     for begin in range(0, len(edges), CHUNK_CELLS):
         cells = slice(begin, begin + CHUNK_CELLS)
@@ -42,7 +51,10 @@ def _rank_rhat(edges: Tensor, counts: Tensor) -> Tensor:
     half = below[:, -1:] / 2
     middle = (below[:, 1:] < half).sum(1, keepdim=True).clamp(max=counts.shape[2] - 1)  # the bin of the median
     inside = (half - below.gather(1, middle)) / torch.diff(below, dim=1).gather(1, middle).clamp_min(1)
-    median = edges.gather(1, middle) + inside * torch.diff(edges, dim=1).gather(1, middle)
+    reached = edges.gather(1, middle) + inside * torch.diff(edges, dim=1).gather(1, middle)
+    # with just half of the draws on either side of a gap, the median is the gap's middle
+    passed = edges.gather(1, (below <= half).sum(1, keepdim=True) - 1)
+    median = torch.where(inside == 1, (reached + passed) / 2, reached)
     # how many draws are nearer to the median than an edge is: those between it and its mirror image
     nearer = (below - _interpolated(edges, below, 2 * median - edges)).abs()
     low, high = torch.minimum(nearer[:, :-1], nearer[:, 1:]), torch.maximum(nearer[:, :-1], nearer[:, 1:])
@@ -113,9 +125,11 @@ def nested_rhat(means: Tensor, variances: Tensor, superchains: Tensor) -> Tensor
 
 
 def between_chain_ess(means: Tensor, variances: Tensor, draws: int) -> Tensor:
-    """Effective draws of the mean over all chains, from how far apart the chains' means are: M W / var(means).
+    """Effective draws of the mean over all chains, from how far apart their means are: M V / B.
 
-    Honest whatever the autocorrelation, if the chains began well apart; its relative standard error is sqrt(2 / (chains - 1)).
+    B is the variance of the chains' means, V = (n - 1) / n W + B that of the draws, W the mean variance within chains: a short
+    chain's own variance is too small. Honest whatever the autocorrelation, if the chains began well apart; its relative standard
+    error is sqrt(2 / (chains - 1)).
 
     Args:
         means, variances: (chains, cells) of each chain's draws; at least two chains.
@@ -125,7 +139,8 @@ def between_chain_ess(means: Tensor, variances: Tensor, draws: int) -> Tensor:
         (cells,); NaN where nothing varies.
     """
     chains = len(means)
-    ess = chains * variances.double().mean(0) / means.double().var(0)
+    between = means.double().var(0)
+    ess = chains * (variances.double().mean(0) * (draws - 1) / draws + between) / between
     total = chains * draws
     return torch.where(variances.mean(0) > 0, ess.clamp(max=total * math.log10(max(total, 2))), torch.nan)
 
@@ -164,7 +179,14 @@ def trace_ess(traces: Tensor, *, rank: bool = False) -> Tensor:
 
     Returns:
         (cells,); all draws where nothing varies, as ArviZ has it.
+
+    Raises:
+        ValueError: fewer than four draws.
     """
+    if traces.dim() != 3 or traces.shape[1] < 4:
+        raise ValueError(
+            f"traces have shape {tuple(traces.shape)}: must be (chains, draws, cells) with at least 4 draws"
+        )
     half = traces.shape[1] // 2
     split = torch.cat([traces[:, :half], traces[:, -half:]]).double()
     step = max(1, 2**22 // (split.shape[0] * split.shape[1]))

@@ -65,8 +65,8 @@ class Diagnostics:
     def rhat(self) -> Tensor:
         """Rank-normalised split R-hat of all chains, from histograms of 128 bins.
 
-        Within 1.5e-3 of the draws' own (ArviZ's) where that is below 1.06 and the tails are not heavy. A chain whose number of
-        draws was not announced is split at the power of two nearest its middle.
+        Within about 2e-3 of the draws' own (ArviZ's) where that is below 1.06 and the tails are not heavy (`rank_rhat` has the
+        figures). A chain whose number of draws was not announced is split at the power of two nearest its middle.
         """
         halves = [half for record in self._sorted for half in record.halves()]
         least = torch.stack([half.minimum for half in halves]).amin(0)

@@ -133,6 +133,32 @@ def test_batch_means_and_chains_tell_the_effective_size_that_is_known(phi: float
     assert abs(0.907 * float(between_chain_ess(means, variances, draws).median()) / truth - 1) < 0.14
 
 
+@pytest.mark.parametrize(("phi", "draws"), [(0.9, 100), (0.99, 200)])
+def test_chains_shorter_than_their_memory_do_not_hide_it(phi: float, draws: int) -> None:
+    """The variance within such a chain is too small, and that between chains makes up for it."""
+    means, variances = variances_of(chains_of(phi, 64, draws, 200, seed=draws))
+    lags = np.arange(1, draws)
+    truth = 64 * draws / (1 + 2 * ((1 - lags / draws) * phi**lags).sum())
+    found = between_chain_ess(means, variances, draws)
+    # B has the relative error sqrt(2 / 63) = .18 a cell, the median of 200 cells some .016
+    assert abs(float(found.median()) / truth - 1) < 0.08
+
+
+def test_the_median_of_two_halves_is_in_the_middle_of_the_gap() -> None:
+    traces = chains_of(0.0, 4, 250, 40, seed=9)
+    far = np.arange(250) % 2 == 0
+    traces = np.where(far[None, :, None], 6 + np.abs(traces), -np.abs(traces))
+    exact = rhat_of(traces)
+    assert np.abs(rank_rhat(*binned(traces)).numpy() - exact)[exact < 1.06].max() < 3e-3
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"edges have shape \(3, 8\) and counts \(3, 2, 8\): must be"):
+        rank_rhat(torch.zeros(3, 8), torch.zeros(3, 2, 8))
+    with pytest.raises(ValueError, match=r"traces have shape \(2, 3, 1\): must be .* with at least 4 draws"):
+        trace_ess(torch.zeros(2, 3, 1))
+
+
 def test_two_scales_show_a_memory_that_is_longer_than_the_batches() -> None:
     traces = chains_of(0.99, 4, 1280, 200, seed=1)
     _, variances = variances_of(traces)
