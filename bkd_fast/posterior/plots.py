@@ -126,6 +126,7 @@ class Plots:
         if len(ess):
             right.hist(ess, bins=np.geomspace(max(1.0, ess.min()), max(2.0, ess.max()), 60), color=BLUE, alpha=0.8)
         right.set(xscale="log", xlabel="effective draws, of all chains", ylabel="cells")
+        right.tick_params(axis="x", which="minor", labelbottom=False)  # over one decade they would overlap
         right.set_title(f"of {found.draws:,} draws", fontsize=9, loc="left")
         return figure
 
