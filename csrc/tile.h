@@ -68,7 +68,7 @@ BKD_HD CellPlace place_cell(const PredictiveState& state, const PredictiveWindow
   if (offset < 0) return {-1, 0, 0};
   const int nth = (int)((uint32_t)offset / (uint32_t)state.classes);
   const int64_t row = find_row(window, place, nth);
-  if (row < 0) return {-1, 0, 0};
+  if (row < 0 || window.rows[row] >= state.rows) return {-1, 0, 0};  // padding may seem to be of a row that is left out
   return {row, window.batch[row] * state.classes + (offset - nth * state.classes), (uint32_t)state.counts[window.rows[row]]};
 }
 

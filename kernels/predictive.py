@@ -1,4 +1,4 @@
-"""Operation C in Triton: W draws of logits for a batch of rows go into the posterior predictive's state, in three launches.
+"""Operation C in Triton: W draws of logits for a batch of rows go into the posterior predictive's state.
 
     measure_rows  softmax statistics of every draw and row.
     update_tiles  one program per tile of 64 cells: moments, then codes into the counters by comparing them with every slot: about
@@ -194,10 +194,11 @@ def pick_codes(
 
 
 @triton.jit
-def _place_cells(rows, first, size, tile, row, row_cells, search):
+def _place_cells(rows, first, size, tile, row, num_rows, row_cells, search):
     """The 64 cells of a tile: whose place in the batch, which cell of their row they are, and whether they are in it.
 
-    first: the place of the first row of the batch in the tile; rows ascend, so the nth is at most n places further on.
+    first: the place of the first row of the batch in the tile; rows ascend, so the nth is at most n places further on. Padding
+    may seem to be of a row that is left out.
     """
     offset = (tile * TILE_CELLS - row * row_cells).to(tl.int32) + tl.arange(0, TILE_CELLS)
     nth = tl.maximum(offset, 0) // row_cells
@@ -205,7 +206,7 @@ def _place_cells(rows, first, size, tile, row, row_cells, search):
     place = tl.minimum(first + nth, size - 1)
     for _ in range(search):
         place = tl.where((place > first) & (tl.load(rows + place) > wanted), place - 1, place)
-    here = (offset >= 0) & (tl.load(rows + place) == wanted)
+    here = (offset >= 0) & (wanted < num_rows) & (tl.load(rows + place) == wanted)
     return place, wanted, offset - nth * row_cells, here
 
 
@@ -278,7 +279,7 @@ def update_tiles(
     first, row, tile, owned = _owned_tile(rows, num_rows, classes)
     if owned:
         cells = tl.arange(0, TILE_CELLS)
-        place, wanted, c, here = _place_cells(rows, first, size, tile, row, classes, search)
+        place, wanted, c, here = _place_cells(rows, first, size, tile, row, num_rows, classes, search)
         at = tile * TILE_CELLS + cells
         z = logits + tl.load(batch + place) * classes + c
         count = tl.load(counts + wanted, mask=here, other=0)
@@ -351,7 +352,7 @@ def update_sketch(
     first, row, tile, owned = _owned_tile(rows, num_rows, row_cells)
     if owned:
         cells = tl.arange(0, TILE_CELLS)
-        place, wanted, c, here = _place_cells(rows, first, size, tile, row, row_cells, search)
+        place, wanted, c, here = _place_cells(rows, first, size, tile, row, num_rows, row_cells, search)
         at = tile * TILE_CELLS + cells
         count = tl.load(counts + wanted, mask=here, other=0)
         old_least = tl.load(minimum + at).to(tl.int32)
@@ -359,10 +360,11 @@ def update_sketch(
         least = old_least
         most = old_most
         taken = tl.zeros([TILE_CELLS], tl.int32)
-        for w in range(draws):
-            draw = (w * size + place).to(tl.int64)
+        draw = place  # among all draws of all rows
+        for _ in range(draws):
             counted = here & (tl.load(valid + draw, mask=here, other=0) != 0)
             code = tl.load(codes + draw * row_cells + c, mask=counted, other=0).to(tl.int32)
+            draw += size
             least = tl.where(counted, tl.minimum(least, code), least)
             most = tl.where(counted, tl.maximum(most, code), most)
             taken += counted.to(tl.int32)
@@ -373,10 +375,11 @@ def update_sketch(
         column = counters + tile * (BINS * TILE_CELLS) + cells
         held, level = _at_new_level(column, count, pooled, changed, old_least, old_most, least, most, LOG2_BINS)
         position = count
-        for w in range(draws):
-            draw = (w * size + place).to(tl.int64)
+        draw = place
+        for _ in range(draws):
             counted = here & (tl.load(valid + draw, mask=here, other=0) != 0)
             code = tl.load(codes + draw * row_cells + c, mask=counted, other=0).to(tl.int32)
+            draw += size
             held = _with_code(held, code, counted, pooled > BINS, level, position, LOG2_BINS)
             position += counted.to(tl.int32)
         _store_counters(column, held, changed, LOG2_BINS)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.ops.predictive import PredictiveState, empty_state, predictive_update_
-from bkd_fast.ops.sketch import Tiles
+from bkd_fast.ops.sketch import CODE_MAX, CODE_MIN, Tiles
 
 
 def logits_of(draws: int, rows: int, classes: int, seed: int, invalid: bool = True) -> Tensor:
@@ -57,6 +57,15 @@ def assert_same_tiles(a: Tiles, b: Tiles) -> None:
     for x, y in zip(a[1:3], b[1:3], strict=True):
         assert torch.equal(x[:cells], y[:cells])
     assert torch.equal(a.counts, b.counts)
+
+
+def assert_padding_is_empty(tiles: Tiles, *moments: Tensor) -> None:
+    """The cells that fill up the last tile are those of no row, whatever else was in the batch."""
+    cells = tiles.counts.numel() * tiles.row_cells
+    columns = tiles.counters.view(torch.int16).transpose(1, 2).reshape(-1, tiles.counters.shape[1])[cells:]
+    assert len(columns) and not columns.any()
+    assert (tiles.minimum[cells:] == CODE_MAX).all() and (tiles.maximum[cells:] == CODE_MIN).all()
+    assert not any(moment[cells:].any() for moment in moments)
 
 
 def assert_moments_close(ours: PredictiveState, theirs: PredictiveState) -> None:

@@ -11,6 +11,7 @@ import bkd_fast as bkd
 from benchmarks.gpu.timing import Case, Run, graphed
 from benchmarks.shapes import resnet50
 from bkd_fast.ops.rules import bytes_per_parameter
+from bkd_fast.ops.sketch import empty_tiles, sketch_update_
 
 NUM_DATA, LR = 1_281_167, 1e-3
 STRENGTH, TEMPERATURE = 5.0, 2.0
@@ -261,6 +262,34 @@ def _update_on(backend: str, rows: int, classes: int, logits: Tensor, track: str
     return update
 
 
+def sketch(device: torch.device, small: bool) -> Iterator[Case]:
+    """W = 1 and 32 draws of codes into tiles: cells that each are a row (parameters), and 17 in a row (tracked classes)."""
+    cells = 2**14 if small else 2**25
+    for row_cells in (1, 17):
+        rows = cells // row_cells
+        for draws in (1, 32):
+            codes = torch.randint(-4000, 4000, (draws, rows, row_cells), dtype=torch.int16, device=device)
+            contenders: dict[str, Run] = {}
+            for backend in backends_of(device):
+                contenders[f"sketch_update_, {backend}"] = _add_codes_on(backend, codes)
+            units = codes.numel()
+            floor = 2 * units + 264 * rows * row_cells  # codes; 64 counters and two extremes, read and written
+            name = f"rows of {row_cells}, W = {draws}"
+            yield Case("sketch", name, "cell and draw", units, floor, contenders)
+
+
+def _add_codes_on(backend: str, codes: Tensor) -> Run:
+    tiles = empty_tiles(codes.shape[1], codes.shape[2], 64, codes.device)
+
+    def update(_: int) -> None:
+        with bkd.use_backend(backend):
+            sketch_update_(tiles, codes)
+
+    for i in range(-(-96 // len(codes))):  # past the change from kept codes to counters
+        update(i)
+    return update
+
+
 # ---- the head step ----
 
 
@@ -341,6 +370,7 @@ SUITES = {
     "samplers": samplers,
     "kd": kd_energy,
     "predictive": predictive,
+    "sketch": sketch,
     "head": head,
     "training": training_step,
 }

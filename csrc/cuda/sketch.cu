@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kTileCells)
   maximum[here.cell] = (int16_t)most;
 }
 
-// Adds a window of codes, [draws][size][row_cells], to rows of the sketch, each thread to one cell. Its column is worked on in shared
-// memory; other slots of the tile belong to other threads. Counts stay as they are, for other threads read them.
+// Adds a window of codes, [draws][size][row_cells], to rows of the sketch, each thread to one cell. Its column is worked on in
+// shared memory, the one in the tile being the room to do so; other columns of the tile belong to other threads, of other blocks
+// too. Counts stay as they are, for other threads read them.
 // Grid: blocks of kTileCells threads for the size * row_cells cells.
 template <int log2_bins>
 __global__ void __launch_bounds__(kTileCells)
@@ -83,11 +84,14 @@ __global__ void __launch_bounds__(kTileCells)
   if (i >= size || rows[i] >= num_rows) return;
   const int64_t cell = rows[i] * row_cells + (at - i * row_cells);
   const Column column{counters + cell / kTileCells * (kTileCells << log2_bins) + cell % kTileCells};
+  const Column copy{shared + threadIdx.x};
+  for (int slot = 0; slot < 1 << log2_bins; ++slot) copy[slot] = column[slot];
   int min = minimum[cell], max = maximum[cell];
   const int taken = add_codes_to(
-      column, counts[rows[i]], min, max, log2_bins, draws, [&](int w) { return (int)codes[w * size * row_cells + at]; },
-      [&](int w) { return !valid || valid[w * size + i]; }, Column{shared + threadIdx.x});
+      copy, counts[rows[i]], min, max, log2_bins, draws, [&](int w) { return (int)codes[w * size * row_cells + at]; },
+      [&](int w) { return !valid || valid[w * size + i]; }, column);
   if (taken == 0) return;
+  for (int slot = 0; slot < 1 << log2_bins; ++slot) column[slot] = copy[slot];
   minimum[cell] = (int16_t)min;
   maximum[cell] = (int16_t)max;
 }

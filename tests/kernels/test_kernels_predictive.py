@@ -12,6 +12,7 @@ import torch
 from predictive_states import (
     assert_close,
     assert_moments_close,
+    assert_padding_is_empty,
     assert_same_bits,
     assert_same_tiles,
     copied,
@@ -125,12 +126,14 @@ def test_triton_adds_codes_to_the_cpus_bits(row_cells: int, bins: int, counts: l
         sketch_update_(theirs, codes_of(count, 1, 900), None, torch.tensor([r]))
     ours = Tiles(*(t.clone() for t in theirs[:4]), row_cells)
     rows = torch.tensor([*present, len(counts)])  # the last one is left out
-    codes = codes_of(6, len(rows), 2500)
-    valid = torch.rand(6, len(rows), generator=generator) > 0.3
-    sketch_update_(theirs, codes[:, :-1], valid[:, :-1], rows[:-1])
-    with use_backend("triton"):
-        sketch_update_(ours, codes, valid, rows)
-    assert_same_tiles(ours, theirs)
+    some = torch.rand(6, len(rows), generator=generator) > 0.3
+    for valid in (some, None):
+        codes = codes_of(6, len(rows), 2500)
+        sketch_update_(theirs, codes[:, :-1], None if valid is None else valid[:, :-1], rows[:-1])
+        with use_backend("triton"):
+            sketch_update_(ours, codes, valid, rows)
+        assert_same_tiles(ours, theirs)
+        assert_padding_is_empty(ours)
 
 
 @interpreted
@@ -155,6 +158,7 @@ def test_triton_leaves_recorded_rows_out() -> None:
         predictive_update_(ours, logits, recorded_rows(torch.tensor([2, 9, 1, 3, 1]), 4, faults), most=0)
     predictive_update_(theirs, logits[:, [0, 3]], torch.tensor([2, 3]))
     assert_close(ours, theirs)
+    assert_padding_is_empty(ours.tiles, *ours[1:4])
     assert faults.tolist() == [3, 1]
 
 
@@ -302,20 +306,22 @@ def test_cells_take_codes_to_the_cpus_bits(lanes: ctypes.CDLL, row_cells: int, b
         spread = 10 ** torch.randint(1, 5, (row_cells,), generator=generator)
         codes = (spread * torch.randn(draws, 8, row_cells, generator=generator)).round().clamp(-32768, 32767)
         codes = codes.to(torch.int16)
-        valid = torch.rand(draws, 8, generator=generator) > 0.2
-        sketch_update_(theirs, codes[:, :7], valid[:, :7], ids)
+        valid = None if draws == 7 else torch.rand(draws, 8, generator=generator) > 0.2
+        sketch_update_(theirs, codes[:, :7], None if valid is None else valid[:, :7], ids)
         order = torch.cat([ids, torch.tensor([rows])])  # which is left out
         lanes.update_cells(
-            *map(address, ours[:4]), ctypes.c_int64(rows), ctypes.c_int64(row_cells), bins, address(codes), address(valid),
-            draws, address(order), ctypes.c_int64(8),
+            *map(address, ours[:4]), ctypes.c_int64(rows), ctypes.c_int64(row_cells), bins, address(codes),
+            None if valid is None else address(valid), draws, address(order), ctypes.c_int64(8),
         )  # fmt: skip
         assert_same_tiles(ours, theirs)
 
 
-def test_lanes_leave_recorded_rows_out(lanes: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_lanes_leave_recorded_rows_out(lanes: ctypes.CDLL, chunk: int) -> None:
     logits = logits_of(9, 6, 10, seed=4)
     ours, theirs = empty_state(5, 10, 64), empty_state(5, 10, 64)
-    rows = recorded_rows(torch.tensor([2, 9, 1, 3, 1, -4]), 5, torch.zeros(2, dtype=torch.int64))
-    update_by_lanes(lanes, ours, logits, rows, chunk=2)
-    predictive_update_(theirs, logits[:, [0, 3]], torch.tensor([2, 3]))
+    rows = recorded_rows(torch.tensor([2, 9, 1, 4, 1, -4]), 5, torch.zeros(2, dtype=torch.int64))
+    update_by_lanes(lanes, ours, logits, rows, chunk)
+    predictive_update_(theirs, logits[:, [0, 3]], torch.tensor([2, 4]))
     assert_same_bits(ours, theirs)
+    assert_padding_is_empty(ours.tiles, *ours[1:4])

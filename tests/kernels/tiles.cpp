@@ -1,6 +1,6 @@
 // csrc/cuda/predictive.cu in plain C++: a block's lanes one after the other between its barriers. What a lane does to its cells
-// is the kernel's own code (csrc/tile.h); this file stands in for the grid, the shuffles and the copies. And of csrc/cuda/sketch.cu
-// what adds codes (csrc/sketch.h). For a test.
+// is the kernel's own code (csrc/tile.h); this file stands in for the grid, the shuffles and the copies. And of
+// csrc/cuda/sketch.cu what adds codes (csrc/sketch.h). For a test.
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -104,13 +104,16 @@ extern "C" void update_cells(uint16_t* counters, int16_t* minimum, int16_t* maxi
     const int64_t cell = rows[i] * row_cells + (at - i * row_cells);
     const Column column{counters + cell / kTileCells * (kTileCells * bins) + cell % kTileCells};
     int min = minimum[cell], max = maximum[cell];
-    uint16_t room[kMaxBins];
-    add_codes_to(
-        column, counts[rows[i]], min, max, log2_of(bins), draws, [&](int w) { return (int)codes[w * size * row_cells + at]; },
-        [&](int w) { return valid[w * size + i] != 0; }, room);
+    uint16_t copy[kMaxBins];
+    for (int slot = 0; slot < bins; ++slot) copy[slot] = column[slot];
+    const int taken = add_codes_to(
+        copy, counts[rows[i]], min, max, log2_of(bins), draws, [&](int w) { return (int)codes[w * size * row_cells + at]; },
+        [&](int w) { return !valid || valid[w * size + i]; }, column);
+    if (taken == 0) continue;
+    for (int slot = 0; slot < bins; ++slot) column[slot] = copy[slot];
     minimum[cell] = (int16_t)min;
     maximum[cell] = (int16_t)max;
   }
   for (int64_t i = 0; i < size; ++i)
-    for (int w = 0; rows[i] < num_rows && w < draws; ++w) counts[rows[i]] += valid[w * size + i] != 0;
+    for (int w = 0; rows[i] < num_rows && w < draws; ++w) counts[rows[i]] += !valid || valid[w * size + i];
 }
