@@ -188,10 +188,16 @@ def _pick(values, slot, m):
 
 
 @triton.jit
+def _teacher_exponents(t_base, column, top, s, REAL: tl.constexpr, CLASSES: tl.constexpr, PROBS: tl.constexpr):
+    """log2 v of a tile of one teacher: 0 at its most probable class."""
+    t = load_tile(t_base, column, column >= 0, 0.0 if PROBS else -INFINITY, CLASSES, False, True)
+    return (log_teacher(t, REAL, PROBS) - top) * teacher_exponent(s, PROBS)
+
+
+@triton.jit
 def _teacher_share(t_base, column, top, total, s, REAL: tl.constexpr, CLASSES: tl.constexpr, PROBS: tl.constexpr):
     """A tile of one teacher's distribution p_T."""
-    t = load_tile(t_base, column, column >= 0, 0.0 if PROBS else -INFINITY, CLASSES, False, True)
-    return tl.exp2((log_teacher(t, REAL, PROBS) - top) * teacher_exponent(s, PROBS)) / total
+    return tl.exp2(_teacher_exponents(t_base, column, top, s, REAL, CLASSES, PROBS)) / total
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "ignore_index", "teachers", "weights_stride", "strength",
@@ -239,17 +245,26 @@ def mixture(logits, teacher, labels, soft, weights, gradient, energy, rows, bloc
         base = t_base + m * stride
         t_total, _same, t_top = sums_of_row(z_base, base, y_base, s, REAL, CLASSES, MIXTURE, PROBS, 1, 0, False, BLOCK)
         cross = log_student - t_total.cross * s.inverse_temperature / t_total.teacher
-        entropy = tl.log(t_total.teacher) - t_total.slope * LN2 / t_total.teacher
         gammas = tl.zeros((1, BLOCK), tl.float64)
+        others, ties = tl.zeros((1, BLOCK), tl.float64), tl.zeros((1, BLOCK), tl.float64)
         for start in range(0, CLASSES, BLOCK):
-            p = _teacher_share(base, start + lane, t_top, t_total.teacher, s, REAL, CLASSES, PROBS)
+            exponents = _teacher_exponents(base, start + lane, t_top, s, REAL, CLASSES, PROBS)
+            v = tl.exp2(exponents)
+            p = v / t_total.teacher
             gammas += tl.where(start + lane < CLASSES, _log_gamma_1p(strength64 * p.to(tl.float64)), 0.0)
+            others += tl.where(exponents == 0, 0.0, v).to(tl.float64)
+            ties += (exponents == 0).to(tl.float64)
+        # 1 + what is small beside it in float64: a confident teacher's entropy, by which it weighs, is of that size
+        sure = tl.sum(ties, 1, keep_dims=True)
+        entropy = tl.log(sure + tl.sum(others, 1, keep_dims=True)) - (t_total.slope * LN2 / t_total.teacher).to(
+            tl.float64
+        )
         score = constant - tl.sum(gammas, 1, keep_dims=True) - strength64 * cross.to(tl.float64)
         good = good & (tl.abs(cross) < INFINITY) & (tl.abs(entropy) < INFINITY)
         if PROBS:
             good = good & (tl.abs(t_total.given - 1.0) <= s.tolerance_teacher)
         tops, totals = tl.where(slot == m, t_top, tops), tl.where(slot == m, t_total.teacher, totals)
-        entropies = tl.where(slot == m, entropy.to(tl.float64), entropies)
+        entropies = tl.where(slot == m, entropy, entropies)
         scores = tl.where(slot == m, score, scores)
 
     if WEIGHTED:

@@ -91,9 +91,19 @@ def _assert_right(p, unit=1.0):
 
 
 def _unit(prior):
-    # log p of up to 60 nats enters the other priors: float32 logarithms lose what the Dirichlet's do not have; the mixture's are
-    # multiplied by lambda besides, and cancel against its normalisers
-    return {"none": 1.0, "dirichlet": 1.0, "mixture": 50.0}.get(prior, 10.0)
+    # log p of up to 60 nats enters the other priors: float32 logarithms lose what the Dirichlet's do not have
+    return 1.0 if prior in ("none", "dirichlet") else 10.0
+
+
+@pytest.mark.parametrize("probs", [False, True])
+def test_entropy_weights_of_confident_teachers_keep_their_digits(probs):
+    """A teacher weighs as much as the other, who disagrees, is unsure: entropies down to 1e-6 enter by their ratio."""
+    p = _problem(2, prior="mixture", temperature=1.0, rows=4, teachers=2)
+    gaps = torch.tensor([[6.0, 9.0, 12.0, 16.0], [-9.0, -6.5, -14.0, -13.0]])
+    teacher = torch.stack([torch.zeros_like(gaps), gaps], -1)
+    if probs:
+        teacher = teacher.softmax(-1)
+    _assert_right(replace(p, teacher=teacher, teacher_is_probs=probs), _unit("mixture"))
 
 
 @pytest.mark.parametrize("label", LABELS)
