@@ -53,9 +53,9 @@ BKD_HD RowStatistics statistics_of(const RowSums& sums) {
           equal(sums.weighted, sums.weighted)};
 }
 
-// A cell in one draw: logit(p) = z - logsumexp of the other classes, p and log p.
+// A cell in one draw: its logit from the row's maximum on, the exponentials of the other classes, p and log p.
 struct CellDraw {
-  Floats logit, probability, log_probability;
+  Floats difference, others, probability, log_probability;
 };
 
 BKD_HD CellDraw draw_of(Floats logit, Floats maximum, Floats total, Floats rest, Floats inverse_total, Floats log_total) {
@@ -63,8 +63,12 @@ BKD_HD CellDraw draw_of(Floats logit, Floats maximum, Floats total, Floats rest,
   const Exponential e = exp_nonpositive(difference);
   // the others' sum is never taken as total - 1, which would cancel
   const Floats others = select(equal(difference, set1(0.0f)), rest, sub(total, e.value));
-  return {sub(difference, log_positive(others)), mul(e.value, inverse_total), sub(e.argument, log_total)};
+  return {difference, others, mul(e.value, inverse_total), sub(e.argument, log_total)};
 }
+
+// logit(p) = z - logsumexp of the other classes
+BKD_HD Floats logit_of(Floats difference, Floats others) { return sub(difference, log_positive(others)); }
+BKD_HD Floats logit_of(const CellDraw& draw) { return logit_of(draw.difference, draw.others); }
 
 // One class of KL(p || reference), divided by the reference.
 BKD_HD Floats divergence_term(Floats probability, Floats log_probability, Floats reference, Floats inverse_reference,

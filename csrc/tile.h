@@ -100,7 +100,7 @@ template <bool coded> BKD_HD int take_draw(CellSums& cell, float logit, const Dr
   const CellDraw draw = draw_of(logit, row);
   int code = 0;
   if (coded) {
-    code = code_of(draw.logit);
+    code = code_of(logit_of(draw));
     cell.minimum = code < cell.minimum ? code : cell.minimum;
     cell.maximum = code > cell.maximum ? code : cell.maximum;
   }
@@ -327,7 +327,7 @@ BKD_HD void pick_code(const PredictiveState& state, const PredictiveWindow& wind
   if (!valid) return;
   const int32_t c = picked.classes[row * picked.picks + nth];
   const float logit = window.logits[w * window.draw_stride + window.batch[i] * state.classes + c];
-  picked.codes[at * picked.picks + nth] = (int16_t)code_of(draw_of(logit, statistics.at(w, i)).logit);
+  picked.codes[at * picked.picks + nth] = (int16_t)code_of(logit_of(draw_of(logit, statistics.at(w, i))));
 }
 
 // Part `part` of the sum of a tile's divergences over the place's nth row; parts 0 and 1, 2 and 3, and then both make the sum.

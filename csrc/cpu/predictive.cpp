@@ -171,7 +171,7 @@ static void pick_codes(int classes, const PredictiveWindow& window, const Picked
         const CellDraw of = draw_of(gather(logits, load(offsets)), set1(statistic(kMaximum)), set1(statistic(kTotal)),
                                     set1(statistic(kRest)), set1(statistic(kInverseTotal)), set1(statistic(kLogTotal)));
         int16_t codes[kLanes];
-        store_codes(codes, of.logit);
+        store_codes(codes, logit_of(of));
         memcpy(picked.codes + at * picked.picks + first, codes, sizeof(int16_t) * (size_t)lanes);
       }
     }
@@ -201,6 +201,8 @@ struct Tile {
 struct TileBuffers {
   CodeBuffers histogram;
   alignas(64) float divergence[kTileCells];
+  alignas(64) float difference[kMaxDraws * kLanes];
+  alignas(64) float others[kMaxDraws * kLanes];
   alignas(64) float probability[kMaxDraws * kLanes];
   alignas(64) float log_probability[kMaxDraws * kLanes];
   alignas(64) float logits[kMaxDraws * kTileCells];
@@ -223,7 +225,10 @@ BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int
   for (int w = 0; w < draws; ++w) {
     const CellDraw of = draw_of(load(tile.logits + w * tile.draw_stride + first), statistic(kMaximum, w), statistic(kTotal, w),
                                 statistic(kRest, w), statistic(kInverseTotal, w), statistic(kLogTotal, w));
-    if (histogram) store_codes(buffers.histogram.codes + w * kTileCells + first, of.logit);
+    if (histogram) {
+      store(buffers.difference + w * kLanes, of.difference);
+      store(buffers.others + w * kLanes, of.others);
+    }
     const Floats probability = of.probability;
     store(buffers.probability + w * kLanes, probability);
     store(buffers.log_probability + w * kLanes, of.log_probability);
@@ -241,6 +246,11 @@ BKD_INLINE void update_cells(const PredictiveState& state, const Tile& tile, int
       square_sum = fma(deviation, deviation, square_sum);
     }
   }
+  // a loop of its own: in one with the above, each draw is one long chain of dependent operations
+  for (int w = 0; histogram && w < draws; ++w)
+    store_codes(buffers.histogram.codes + w * kTileCells + first,
+                logit_of(load(buffers.difference + w * kLanes), load(buffers.others + w * kLanes)));
+
   // Chan's merge of the window into the running moments, both taken about `shift`
   const Floats step = mul(sum, spread(tile.inverse_count + base));
   const Floats mean = add(shift, step);

@@ -124,9 +124,14 @@ BKD_INLINE int place_codes(const TileCounters& tile, const CodeSegment& segment,
     }
   } else {
     int16_t level[kTileCells];
-    for (int j = begin; j < end; ++j) level[j] = (int16_t)level_of(least[j], most[j], log2_bins);
+    uint16_t scale[kTileCells];
+    for (int j = begin; j < end; ++j) {
+      level[j] = (int16_t)level_of(least[j], most[j], log2_bins);
+      scale[j] = (uint16_t)(1 << (16 - log2_bins - level[j]));
+    }
+    // (code >> level) mod bins, as a product: 16-bit vectors have no shift by a lane's own distance on AVX2
     const auto write_slots = [&](uint8_t* slots, const int16_t* codes) {
-      for (int j = begin; j < end; ++j) slots[j] = (uint8_t)((codes[j] >> level[j]) & (bins - 1));
+      for (int j = begin; j < end; ++j) slots[j] = (uint8_t)((uint16_t)(codes[j] * scale[j]) >> (16 - log2_bins));
     };
     if (segment.count <= (uint32_t)bins) {
       earlier = (int)segment.count;
