@@ -9,6 +9,7 @@ from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.distill import KDLoss
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
+from bkd_fast.mesh import chain_mesh, data_parallel, data_rank, rows_here
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Diagnostics, DrawRecord, Draws, PosteriorPredictive, data_hash
 from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule, mean_model
@@ -47,11 +48,15 @@ __all__ = [
     "StepRecord",
     "StepSize",
     "backends",
+    "chain_mesh",
     "check_sampler",
     "data_hash",
+    "data_parallel",
+    "data_rank",
     "mean_model",
     "noise",
     "ops",
+    "rows_here",
     "sample",
     "suggest_lr",
     "use_backend",

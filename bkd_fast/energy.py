@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkd_fast.samplers.sampler import Sampler, rates_of
+from bkd_fast.sharding import local, sum_of_parts
 from bkd_fast.stacked import StackedModule
 
 Batch: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # x, target, teacher logits
@@ -102,12 +103,16 @@ class BatchEnergy:
             moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
             for found, parameters in zip(drawn, moving, strict=True):
                 if parameters:
-                    found.append(_coordinates([p.grad for p in parameters]))
+                    found.append(_coordinates([local(p.grad) for p in parameters]))
         variances = []
         for found, parameters in zip(drawn, moving, strict=True):
             if found:
                 metric = _coordinates([metric_of(self.sampler, p) for p in parameters])
-                variances.append(float((metric * torch.stack(found).var(dim=0)).mean()))
+                coordinates = torch.stack(found)
+                # of a sharded group there may be none here, which var() warns of
+                here = metric * coordinates.var(dim=0) if len(metric) else metric
+                total, count = sum_of_parts(torch.stack([here.sum(), here.new_tensor(len(here))]), parameters[0])
+                variances.append(float(total / count))
             else:
                 variances.append(math.nan)
         self.student.zero_grad(set_to_none=True)
@@ -148,9 +153,9 @@ def noise_share_of(sampler: Sampler, group: dict[str, Any], variance: float) -> 
 
 
 def metric_of(sampler: Sampler, parameter: Tensor) -> Tensor:
-    """The sampler's preconditioner at every coordinate of a parameter; without one, a 1 that takes no memory."""
+    """The sampler's preconditioner at every coordinate of a parameter that is here; without one, a 1 that takes no memory."""
     metric = sampler.metric(parameter)
-    return torch.ones((), device=parameter.device).expand_as(parameter) if metric is None else metric
+    return torch.ones((), device=parameter.device).expand_as(local(parameter)) if metric is None else local(metric)
 
 
 def temperature_of(group: dict[str, Any]) -> float:

@@ -20,6 +20,7 @@ from bkd_fast.energy import BatchEnergy, BatchNorm, batch_norms, metric_of, nois
 from bkd_fast.errors import warn
 from bkd_fast.samplers.sampler import Sampler
 from bkd_fast.samplers.settings import is_zero
+from bkd_fast.sharding import local, sum_of_parts, whole
 from bkd_fast.stacked import StackedModule
 
 Phase: TypeAlias = Literal["warm_start", "burn_in", "exploration", "sampling"]
@@ -62,7 +63,8 @@ class Draw:
 class StepRecord:
     """What a callback learns of a step: its number, the phase, and the mean energy per example (0-dim tensor, on its device).
 
-    The phase "exploration" is that of a schedule's steps between its sampling phases.
+    The phase "exploration" is that of a schedule's steps between its sampling phases. Where processes share a batch the energy is
+    that of the part of this one.
     """
 
     step: int
@@ -126,7 +128,8 @@ def sample(
 
     Args:
         student: the network whose parameters `sampler` holds (all of them, or a head); for a sampler with `chains`, a
-            `StackedModule`, whose every chain yields `num_draws` draws.
+            `StackedModule`, whose every chain yields `num_draws` draws. On several processes what `data_parallel` gives; a
+            draw's model is then the whole network, and every process must take the draw.
         sampler: a sampler of `bkd_fast`.
         loss_fn: called as loss_fn(logits, target, teacher_logits), such as `KDLoss`; must be a mean over the batch.
         train_loader: yields (x, target), or (x, target, teacher_logits) with cached teacher logits; target may be None.
@@ -199,11 +202,12 @@ class _Loop:
                     self.step("sampling", bar)
                 if self.energy.batch_norm == "recalibrate":
                     self.recalibrate()
-                for k, model in enumerate(self.models()):
-                    draw = Draw(self.steps, chain + k, index, run, model, names, self.cycle)
-                    for callback in self.callbacks:
-                        callback.on_draw(draw)
-                    yield draw
+                with whole(self.student) as student:
+                    for k, model in enumerate(self.models(student)):
+                        draw = Draw(self.steps, chain + k, index, run, model, names, self.cycle)
+                        for callback in self.callbacks:
+                            callback.on_draw(draw)
+                        yield draw
                 self.energy.enter_sampling_mode()  # the caller may have evaluated the live model
             self.movement.end()
             self.sampler.check()
@@ -212,13 +216,13 @@ class _Loop:
             for callback in self.callbacks:
                 callback.on_end(health)
 
-    def models(self) -> Iterator[nn.Module]:
+    def models(self, student: nn.Module) -> Iterator[nn.Module]:
         """The live network of each chain in turn: one module, turned from chain to chain."""
-        if not isinstance(self.student, StackedModule):
-            yield self.student
+        if not isinstance(student, StackedModule):
+            yield student
             return
         for k in range(self.energy.chains):
-            self.turned = self.student.chain(k, into=self.turned)
+            self.turned = student.chain(k, into=self.turned)
             yield self.turned
 
     @property
@@ -305,7 +309,7 @@ class _Movement:
 
     def end(self) -> None:
         for index, (group, after) in enumerate(zip(self.sampler.param_groups, self._squared_norms(), strict=True)):
-            trace = sum(float(metric_of(self.sampler, p).sum(dtype=torch.float64)) for p in group["params"])
+            trace = _total(group, lambda p: metric_of(self.sampler, p).sum(dtype=torch.float64))
             self.growth[index] += after - self.start[index]
             self.diffusion[index] += 2 * self.heat[index] * trace / group["num_data"]
 
@@ -313,8 +317,14 @@ class _Movement:
         return [g / d if d > 0 else math.nan for g, d in zip(self.growth, self.diffusion, strict=True)]
 
     def _squared_norms(self) -> list[float]:
-        groups = self.sampler.param_groups
-        return [sum(float(p.detach().double().square().sum()) for p in group["params"]) for group in groups]
+        return [
+            _total(group, lambda p: local(p.detach()).double().square().sum()) for group in self.sampler.param_groups
+        ]
+
+
+def _total(group: dict[str, Any], of: Callable[[Tensor], Tensor]) -> float:
+    """The sum over a group's parameters of a number that `of` takes of what is here of each."""
+    return sum(float(sum_of_parts(of(parameter), parameter)) for parameter in group["params"])
 
 
 class _Temperature:
@@ -402,8 +412,9 @@ def _names_that_differ(student: nn.Module, sampler: Sampler, batch_norm: BatchNo
     names = [name for name, parameter in student.named_parameters() if id(parameter) in sampled]
     if batch_norm != "freeze":
         names += [name for name, buffer in student.named_buffers() if buffer.is_floating_point()]
-    if isinstance(student, StackedModule):
-        names = [name.removeprefix("stacked.") for name in names]
+    for wrapper, prefix in ((nn.parallel.DistributedDataParallel, "module."), (StackedModule, "stacked.")):
+        if isinstance(student, wrapper):
+            names = [name.removeprefix(prefix) for name in names]
     return tuple(names)
 
 

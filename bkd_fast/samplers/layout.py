@@ -1,7 +1,8 @@
 """From a parameter group to what one launch takes: tensors of one dtype and device, gradients in the parameter's order.
 
 The noise of an element depends on its index in the parameter's dense storage order (logical order for contiguous tensors,
-NHWC for channels_last). A parameter that does not fill its memory densely goes through a contiguous copy, in logical order.
+NHWC for channels_last), of a sharded parameter in the whole one's. A parameter that does not fill its memory densely goes through
+a contiguous copy, in logical order.
 Nothing here is kept between steps: frameworks replace parameters, and gradients move when they are freed.
 """
 
@@ -13,25 +14,30 @@ import torch
 from torch import Tensor
 
 from bkd_fast.ops.langevin import is_dense, same_order
+from bkd_fast.sharding import first_element, is_sharded, local
 
 
 @dataclass
 class Launch:
-    """Parameters of one dtype and device of one group, in one call."""
+    """Parameters of one dtype and device of one group, in one call; of sharded ones the parts that are here."""
 
     indices: list[int] = field(default_factory=list)  # positions in the group
     theta: list[Tensor] = field(default_factory=list)
     gradient: list[Tensor] = field(default_factory=list)
+    first_elements: list[int] = field(default_factory=list)  # indices in the whole parameters
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, the dense copy that stands for it)
 
     def of(self, indices: Sequence[int]) -> "Launch":
         """The part of it with the parameters at these positions of the group."""
-        kept = [
-            (i, theta, g) for i, theta, g in zip(self.indices, self.theta, self.gradient, strict=True) if i in indices
-        ]
-        theta = [t for _, t, _ in kept]
-        copies = [(parameter, copy) for parameter, copy in self.copies if any(copy is t for t in theta)]
-        return Launch([i for i, _, _ in kept], theta, [g for _, _, g in kept], copies)
+        kept = [n for n, index in enumerate(self.indices) if index in indices]
+        theta = [self.theta[n] for n in kept]
+        return Launch(
+            [self.indices[n] for n in kept],
+            theta,
+            [self.gradient[n] for n in kept],
+            [self.first_elements[n] for n in kept],
+            [(parameter, copy) for parameter, copy in self.copies if any(copy is t for t in theta)],
+        )
 
     def write_back(self) -> None:
         """Bring the new values of dense copies home, and tell autograd that the parameters changed."""
@@ -55,10 +61,14 @@ def launches(group: dict[str, Any], positions: Sequence[int] | None = None) -> l
     indices, theta, gradient = (list(column) for column in zip(*with_gradient, strict=True))
     if group["chains"] > 1:
         _check_chains(group, indices)
+    first = [0] * len(indices)
+    if any(map(is_sharded, theta)):
+        first = [_first_element(group, index) for index in indices]
+        theta, gradient = list(map(local, theta)), [_local_gradient(group, index) for index in indices]
     if _are_of_one_kind(theta + gradient):
-        return [Launch(indices, theta, gradient)]
+        return [Launch(indices, theta, gradient, first)]
     by_kind: dict[tuple[torch.dtype, torch.device], Launch] = {}
-    for index, parameter, g in with_gradient:
+    for index, parameter, g, begin in zip(indices, theta, gradient, first, strict=True):
         _check(group, index, parameter, g)
         launch = by_kind.setdefault((parameter.dtype, parameter.device), Launch())
         launch.indices.append(index)
@@ -68,6 +78,7 @@ def launches(group: dict[str, Any], positions: Sequence[int] | None = None) -> l
             parameter = copy
         launch.theta.append(parameter)
         launch.gradient.append(in_order_of(g, parameter))
+        launch.first_elements.append(begin)
     return list(by_kind.values())
 
 
@@ -89,6 +100,26 @@ def _check_chains(group: dict[str, Any], indices: Sequence[int]) -> None:
             raise ValueError(
                 f"{name_of(group, index)} has shape {tuple(shape)}: must have a leading axis of {group['chains']} chains"
             )
+        if is_sharded(group["params"][index]):
+            raise ValueError(
+                f"{name_of(group, index)} is a DTensor in a group of {group['chains']} chains: must have chains = 1; give each "
+                "chain processes of its own"
+            )
+
+
+def _first_element(group: dict[str, Any], index: int) -> int:
+    try:
+        return first_element(group["params"][index])
+    except ValueError as error:
+        raise ValueError(f"{name_of(group, index)}: {error}") from error
+
+
+def _local_gradient(group: dict[str, Any], index: int) -> Tensor:
+    parameter = group["params"][index]
+    placements, own = (getattr(tensor, "placements", None) for tensor in (parameter.grad, parameter))
+    if placements != own:
+        raise ValueError(f"the gradient of {name_of(group, index)} has placements {placements}: must be {own}")
+    return local(parameter.grad)
 
 
 def _check(group: dict[str, Any], index: int, parameter: Tensor, gradient: Tensor) -> None:

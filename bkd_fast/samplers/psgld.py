@@ -11,6 +11,7 @@ from bkd_fast.samplers.layout import Launch, name_of
 from bkd_fast.samplers.preconditioned import PreconditionedSampler
 from bkd_fast.samplers.sampler import per_chain, rates_of
 from bkd_fast.samplers.settings import Params, Settings, check_number
+from bkd_fast.sharding import is_sharded
 
 
 class PSGLD(PreconditionedSampler):
@@ -103,6 +104,10 @@ class PSGLD(PreconditionedSampler):
             for launch in group_launches:
                 for position in launch.indices:
                     parameter = group["params"][position]
+                    if is_sharded(parameter):
+                        raise ValueError(
+                            f"{name_of(group, position)} is a DTensor: must be an ordinary tensor with gamma = True"
+                        )
                     if parameter.grad.grad_fn is None:
                         raise ValueError(
                             f"the gradient of {name_of(group, position)} has no graph: with gamma = True call "

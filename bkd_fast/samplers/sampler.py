@@ -33,6 +33,7 @@ from bkd_fast.samplers.settings import (
     prior_means,
     put_lr_on_device,
 )
+from bkd_fast.sharding import first_element, is_sharded, like, local, on_any, part_of
 from bkd_fast.sketch import QuantileSketch
 
 CHECK_EVERY = 1000  # steps between calls of check()
@@ -183,7 +184,8 @@ class Sampler(torch.optim.Optimizer):
         check_field("parameter", self._next_id + max(len(added["params"]) - 1, 0), "the number of parameters")
         self._next_id += len(added["params"])
         for number, parameter, mean in zip(added["parameter_ids"], added["params"], means, strict=bool(means)):
-            self._centers[number] = torch.empty_like(parameter).copy_(mean).detach()
+            center = torch.empty_like(local(parameter)).copy_(part_of(mean, parameter))
+            self._centers[number] = like(center, parameter).detach()
         if added["step_in_backward"]:
             self._step_in_backward(added["params"])
         nearest = added["rounding"] == "nearest" and not is_cold(added)
@@ -339,7 +341,7 @@ class Sampler(torch.optim.Optimizer):
                 chain=group["chain"],
                 step=group["step"],
                 parameters=[group["parameter_ids"][index] for index in launch.indices],
-                first_elements=[0] * len(launch.theta),
+                first_elements=launch.first_elements,
                 draws=group["moments"]["draws"] if mean else 0,
                 master=self._masters_of(group, launch),
                 noise_table=table,
@@ -404,7 +406,8 @@ class Sampler(torch.optim.Optimizer):
             parameter = group["params"][index]
             shape, device = parameter.shape, parameter.device
             for name, tensor in self.state.get(parameter, {}).items():
-                if tensor.shape != shape or tensor.device != device:
+                parted = is_sharded(tensor) and tensor.placements != getattr(parameter, "placements", None)
+                if tensor.shape != shape or tensor.device != device or parted:
                     self._refuse(group, index, name, tensor)
             center = self._centers.get(group["parameter_ids"][index])
             if center is not None and center.shape != shape:
@@ -415,7 +418,7 @@ class Sampler(torch.optim.Optimizer):
         parameter = group["params"][index]
         raise ValueError(
             f"{name_of(group, index)} has shape {tuple(parameter.shape)} on {parameter.device} and its {name} "
-            f"{tuple(tensor.shape)} on {tensor.device}: a parameter must keep its shape and device"
+            f"{tuple(tensor.shape)} on {tensor.device}: a parameter must keep its shape, device and placements"
         )
 
     def _check_settings(self, group: dict[str, Any], wait: bool = False) -> None:
@@ -517,7 +520,7 @@ class Sampler(torch.optim.Optimizer):
                 rule = self._rule(group, launch)
                 if rule not in ("raise", "skip"):
                     continue
-                found = find_nonfinite(launch.gradient)
+                found = on_any(find_nonfinite(launch.gradient), group["params"][launch.indices[0]])
                 if True in found.tolist():
                     if rule == "raise":
                         names = [name_of(group, launch.indices[i]) for i in found.nonzero().flatten().tolist()]
@@ -548,7 +551,10 @@ class Sampler(torch.optim.Optimizer):
         """
         found: set[tuple[int, int]] = set()  # (group, position)
         for (index, _, positions), flags in self._flags.items():
-            if flags is not None and True in (bad := flags.tolist()):
+            if flags is None:
+                continue
+            parameter = self.param_groups[index]["params"][positions[0]]
+            if True in (bad := on_any(flags, parameter).tolist()):
                 found |= {(index, position) for position, is_bad in zip(positions, bad, strict=True) if is_bad}
                 flags.zero_()
         if found:
@@ -622,21 +628,23 @@ class Sampler(torch.optim.Optimizer):
             for position, parameter in enumerate(group["params"]):
                 momentum = self.state[parameter].get(self.momentum)
                 if momentum is not None:
-                    momentum.copy_(self._noise_like(group, position, Tag.INITIAL_MOMENTUM))
-                    momentum.mul_(per_chain(self._momentum_deviation(group, parameter), momentum))
+                    mine = local(momentum)
+                    mine.copy_(self._noise_like(group, position, Tag.INITIAL_MOMENTUM))
+                    mine.mul_(per_chain(local(self._momentum_deviation(group, parameter)), mine))
 
     def _momentum_deviation(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
         """The standard deviation of a momentum in equilibrium: float64 (), (chains,) or like the parameter."""
         raise NotImplementedError
 
     def _noise_like(self, group: dict[str, Any], position: int, tag: Tag) -> Tensor:
-        """Standard normals for every element of a parameter, float32, in the order of its memory."""
-        parameter, chains = group["params"][position], group["chains"]
+        """Standard normals for every element of a parameter that is here, float32, in the order of its memory."""
+        parameter, chains = local(group["params"][position]), group["chains"]
         flat = torch.empty(chains, parameter.numel() // chains, dtype=torch.float32, device=parameter.device)
         for k in range(chains):
             normal_(
                 flat[k], seed=group["seed"], chain=group["chain"] + k, step=group["step"],
                 parameter=group["parameter_ids"][position], tag=tag,
+                first_element=first_element(group["params"][position]),
             )  # fmt: skip
         like = parameter if is_dense(parameter) else parameter.contiguous()
         return flat.view(-1).as_strided(parameter.shape, like.stride())
@@ -701,6 +709,9 @@ class Sampler(torch.optim.Optimizer):
                 f"names = {list(names)!r}: must be some of the sampler's parameter names, {listed([*places])}"
             )
         for name in dict.fromkeys(names):
+            group, position = places[name]
+            if is_sharded(group["params"][position]):
+                raise ValueError(f"parameter {name} is a DTensor: must be an ordinary tensor with track_quantiles")
             for setting in ("capturable", "step_in_backward"):
                 if places[name][0][setting]:
                     raise ValueError(f"{setting} = True in the group of {name}: must be False with track_quantiles")
@@ -738,20 +749,26 @@ class Sampler(torch.optim.Optimizer):
         """State like the parameters in float32 (float64 for float64), from `start` at first use, in the order of their memory."""
         tensors = []
         for index, theta in zip(launch.indices, launch.theta, strict=True):
-            state = self.state[group["params"][index]]
+            parameter = group["params"][index]
+            state = self.state[parameter]
             if key not in state:
-                state[key] = start(theta)
+                state[key] = like(start(theta), parameter)
             # the kernel trusts the dtype, and others may have cast it
-            state[key] = in_order_of(state[key].to(real_of(theta)), theta)
-            tensors.append(state[key])
+            mine = part_of(state[key], parameter)
+            tensor = in_order_of(mine.to(real_of(theta)), theta)
+            if tensor is not mine or (is_sharded(parameter) and not is_sharded(state[key])):
+                state[key] = like(tensor, parameter)
+            tensors.append(tensor)
         return tensors
 
     def _prior_means_of(self, group: dict[str, Any], launch: Launch) -> list[Tensor]:
         numbers = [group["parameter_ids"][index] for index in launch.indices]
         if numbers[0] not in self._centers:  # a group has all of them or none
             return []
-        means = [in_order_of(self._centers[n].to(theta), theta) for n, theta in zip(numbers, launch.theta, strict=True)]
-        self._centers.update(zip(numbers, means, strict=True))
+        parameters = [group["params"][index] for index in launch.indices]
+        parts = [part_of(self._centers[n], p) for n, p in zip(numbers, parameters, strict=True)]
+        means = [in_order_of(part.to(theta), theta) for part, theta in zip(parts, launch.theta, strict=True)]
+        self._centers.update((n, like(mean, p)) for n, mean, p in zip(numbers, means, parameters, strict=True))
         return means
 
     # ---- state ----

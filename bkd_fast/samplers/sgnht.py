@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bkd_fast.samplers.sampler import Sampler, rates_of, real_of
 from bkd_fast.samplers.settings import Params, Settings, check_number, is_cold, is_zero
+from bkd_fast.sharding import local, sum_of_parts
 
 CHUNK = 4096  # elements whose squares one thread adds up
 
@@ -116,7 +117,8 @@ class SGNHT(Sampler):
             self.state[p]["momentum_buffer"] for p in group["params"] if "momentum_buffer" in self.state.get(p, {})
         ]
         if buffers:
-            squares = torch.stack([_sum_of_squares(b, group["chains"]).to(mu) for b in buffers]).sum(0)
+            sums = [sum_of_parts(_sum_of_squares(local(b), group["chains"]), b).to(mu) for b in buffers]
+            squares = torch.stack(sums).sum(0)
             mean = squares / (sum(b.numel() for b in buffers) // group["chains"])
             lr, temperature = (rate.to(mu) for rate in rates_of(group))
             excess = lr * group["num_data"] * (1 + mu) * mean / (2 * temperature) - 1

@@ -1,13 +1,10 @@
 """One posterior out of many: shards of rows, and processes that hold other draws, against one that took everything."""
 
-import datetime
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from predictive_data import stream
+from processes import in_processes
 from torch import Tensor
 
 from bkd_fast.posterior.predictive import PosteriorPredictive
@@ -116,21 +113,15 @@ SHARES = [
 REFUSALS = ("repeated", "classes", "many")
 
 
-def run_process(rank: int, folder: str) -> None:
-    store = dist.FileStore(f"{folder}/store", PROCESSES)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=PROCESSES, timeout=datetime.timedelta(seconds=60)
-    )
-    try:
-        everything = [piece for share in SHARES for piece in share]
-        for settings in SETTINGS.values():
-            ours = filled(SHARES[rank], settings)
-            ours.merge_across_()
-            assert_same(ours, filled(everything, settings))
-        for case in REFUSALS:
-            refused(rank, case)
-    finally:
-        dist.destroy_process_group()
+def pool_and_refuse() -> None:
+    rank = dist.get_rank()
+    everything = [piece for share in SHARES for piece in share]
+    for settings in SETTINGS.values():
+        ours = filled(SHARES[rank], settings)
+        ours.merge_across_()
+        assert_same(ours, filled(everything, settings))
+    for case in REFUSALS:
+        refused(rank, case)
 
 
 def refused(rank: int, case: str) -> None:
@@ -154,14 +145,7 @@ def refused(rank: int, case: str) -> None:
 
 
 def test_processes_pool_their_draws_and_refuse_alike(tmp_path) -> None:
-    """In one group of processes: to start them takes longer than all they do."""
-    environment = os.environ.copy()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        mp.spawn(run_process, (str(tmp_path),), nprocs=PROCESSES)
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
+    in_processes(PROCESSES, pool_and_refuse, tmp_path)
 
 
 def test_one_process_alone_has_nothing_to_pool() -> None:
