@@ -20,7 +20,7 @@ from bkd_fast.energy import BatchEnergy, BatchNorm, batch_norms, metric_of, nois
 from bkd_fast.errors import warn
 from bkd_fast.samplers.sampler import Sampler
 from bkd_fast.samplers.settings import is_zero
-from bkd_fast.sharding import local, sum_of_parts, whole
+from bkd_fast.sharding import agreed, local, sum_of_parts, whole
 from bkd_fast.stacked import StackedModule
 
 Phase: TypeAlias = Literal["warm_start", "burn_in", "exploration", "sampling"]
@@ -191,7 +191,7 @@ class _Loop:
             self.explore(bar)
             noise_share = self.noise_share()
             self.movement.begin()
-            run, chain = secrets.randbits(63), self.sampler.param_groups[0]["chain"]
+            run, chain = agreed(secrets.randbits(63), self.student), self.sampler.param_groups[0]["chain"]
             names = _names_that_differ(self.student, self.sampler, self.energy.batch_norm)
             for index in range(num_draws):
                 for _ in range(thin):

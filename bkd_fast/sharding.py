@@ -1,6 +1,6 @@
-"""Parameters whose elements lie on several processes: the part that is here, where in the whole it begins, and the whole model.
+"""Models that several processes train together: the parts of parameters that are here, and the model as a whole.
 
-Such a parameter is a DTensor (FSDP2, tensor parallelism). Its noise is a function of the element's index in the whole, so its
+A parameter whose elements lie on several processes is a DTensor (FSDP2, tensor parallelism). Its noise is a function of the element's index in the whole, so its
 part has to be a stretch of the whole in row-major order: split along the first dimension alone, or not at all.
 """
 
@@ -114,6 +114,27 @@ _ALLOWED = (
 )
 
 
+def split_modules(model: nn.Module) -> list[Any]:
+    """The modules of the model whose parameters FSDP2 keeps split between the passes."""
+    module = sys.modules.get("torch.distributed.fsdp")  # as for DTensors
+    return [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
+
+
+def agreed(value: int, model: nn.Module) -> int:
+    """The value of the first of the processes that train this model together: a collective for DDP and FSDP2."""
+    groups: list[dist.ProcessGroup] = []
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        groups = [model.process_group]
+    elif split_modules(model):
+        mesh = next(p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
+        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    for group in groups:
+        values = [value]
+        dist.broadcast_object_list(values, group=group, group_src=0)
+        value = values[0]
+    return value
+
+
 @contextmanager
 def whole(model: nn.Module) -> Iterator[nn.Module]:
     """The model with all its parameters here, for any number of forward passes without gradients; a collective for FSDP2.
@@ -122,14 +143,13 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    module = sys.modules.get("torch.distributed.fsdp")
-    sharded = [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
-    for part in sharded:
+    parts = split_modules(model)
+    for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     try:
         yield model
     finally:
-        for part in sharded:
+        for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)  # as FSDP2 has it by itself
             part.reshard()

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sketch": {"ops"},
     "samplers": {"ops", "sketch", "sharding"},
     "distill": {"ops"},
-    "posterior": {"ops", "sketch", "collectives"},
+    "posterior": {"ops", "sketch", "collectives", "sharding"},
     "stacked": set(),
     "energy": {"samplers", "stacked", "sharding"},
     "sampling": {"energy", "stacked", "samplers", "distill", "posterior", "ops", "sharding"},

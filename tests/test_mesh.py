@@ -59,8 +59,7 @@ def chain_of(
     settings = {"warm_start": 2, "burn_in": 3, "thin": 2, "num_draws": 3, "progress": False, "callbacks": callbacks}
     for draw in sample(student, sampler, KDLoss(2.0), batches, **settings):
         seen.append(draw.snapshot())
-        with torch.no_grad():
-            posterior.update_logits(draw.model.eval()(x)[None])
+        posterior.update(draw, [x[:20], x[20:]])
     return seen, posterior
 
 
@@ -110,7 +109,11 @@ def two_chains_of_two_replicas() -> None:
     assert health.health.noise_share == pytest.approx(alone_health.health.noise_share, abs=1e-9)
     assert health.health.stationarity == pytest.approx(alone_health.health.stationarity, rel=1e-3)
     posterior.merge_across_(mesh.get_group("chain"))
-    assert posterior.streams == [((1, 0), (0, 3)), ((1, 1), (0, 3))] and set(posterior.counts.tolist()) == {6}
+    assert sorted((chain, draws) for (_, chain), draws in posterior.streams) == [(0, (0, 3)), (1, (0, 3))]
+    assert set(posterior.counts.tolist()) == {6}
+    runs = [None] * PROCESSES
+    dist.all_gather_object(runs, [run for (run, _), _ in posterior.streams])
+    assert all(run == runs[0] for run in runs), "replicas hold the same draws, and call them the same"
     alone_posterior.merge_across_(mesh.get_group("chain"))
     torch.testing.assert_close(posterior.mean, alone_posterior.mean, rtol=1e-5, atol=1e-6)
 

@@ -50,6 +50,7 @@ from bkd_fast.posterior.pooling import (
 from bkd_fast.posterior.saving import load_state, save_state, sidecar_of
 from bkd_fast.posterior.streams import Stream, Streams, check_stream
 from bkd_fast.posterior.summary import PredictiveSummary
+from bkd_fast.sharding import split_modules
 
 VERSION = 1
 SNAPSHOTS = 32  # evaluated together: each batch is loaded, and each cell's state touched, once for all
@@ -249,7 +250,9 @@ class PosteriorPredictive(PredictiveSummary):
         pending.draws.add(stream, draw.index, draw.index + 1)
         pending.origins.append(_Origin(stream, int(getattr(draw, "cycle", 0)), draw.index))
         self._pending = pending
-        if len(pending.snapshots) == SNAPSHOTS:
+        if len(pending.snapshots) == SNAPSHOTS or split_modules(
+            draw.model
+        ):  # whose parameters are here for this draw only
             self.flush()
 
     def choose_classes(self, model: nn.Module, loader: Iterable[Any], rows: RowOrder = "order") -> None:
