@@ -7,7 +7,7 @@ import itertools
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -94,6 +94,9 @@ class Health:
 class Callback:
     """Follows the loop. Override what you need."""
 
+    def on_start(self, run: "Run") -> None:
+        """Before the first step. `run.load_state_dict` puts the loop where it was when `run.state_dict` was called."""
+
     def on_step(self, record: StepRecord) -> None:
         """After every step. Reading `record.energy` waits for the device."""
 
@@ -102,6 +105,9 @@ class Callback:
 
     def on_end(self, health: Health) -> None:
         """Once, after the last draw."""
+
+    def on_close(self) -> None:
+        """Once, however the loop ends: after the last draw, by an error, or because the caller stopped."""
 
 
 def sample(
@@ -161,58 +167,102 @@ def sample(
     _check_schedule(schedule, sampler)
     energy = BatchEnergy(student, sampler, loss_fn, train_loader, teacher, batch_norm)
     _warn_of_other_targets(student, sampler, train_loader, batch_norm)
-    loop = _Loop(energy, schedule, callbacks)
-    return loop.draws(warm_start, burn_in, thin, num_draws, progress)
+    run = Run(energy, schedule, callbacks)
+    return run.draws(warm_start, burn_in, thin, num_draws, progress)
 
 
-class _Loop:
-    """One run of `sample`: the chain's steps."""
+class Run:
+    """One run of `sample`: where it is, for callbacks to see, save and put back.
+
+    Attributes:
+        student, sampler: as `sample` has them.
+        steps: that the chain has taken, in all phases.
+    """
 
     def __init__(self, energy: BatchEnergy, schedule: LRScheduler | None, callbacks: Sequence[Callback]) -> None:
         self.energy, self.schedule, self.callbacks = energy, schedule, callbacks
         self.student, self.sampler = energy.student, energy.sampler
         self.movement = _Movement(energy.sampler)
+        self.warm_up = _WarmUp(energy.sampler)
         self.turned: nn.Module | None = None  # of a StackedModule, the network of the chain whose draw it is
         self.steps = 0
+        self.phase_steps: dict[Phase, int] = dict.fromkeys(get_args(Phase), 0)
+        self.since_draw = 0  # steps
+        self.index = 0  # of the next draw
         self.cycle = 0  # of the schedule, that the last step belonged to
+        self.number = agreed(secrets.randbits(63), energy.student)  # what draws call this run
+        self.noise_share: list[float] | None = None  # until it was measured
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop is, as JSON holds it; model, sampler and loader have states of their own."""
+        return {
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "phase_steps": dict(self.phase_steps),
+            "warm_up": self.warm_up.state_dict(),
+            "movement": self.movement.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; in `Callback.on_start`, after the sampler's own state was loaded.
+
+        Raises:
+            ValueError: a schedule where there was none, or none where there was one.
+        """
+        if (state["schedule"] is None) != (self.schedule is None):
+            then, now = ("no" if none else "a" for none in (state["schedule"] is None, self.schedule is None))
+            raise ValueError(f"the saved run has {then} schedule and this one {now}: must be alike")
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.phase_steps.update(state["phase_steps"])
+        self.warm_up.load_state_dict(state["warm_up"])
+        self.movement.load_state_dict(state["movement"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
 
     def draws(self, warm_start: int, burn_in: int, thin: int, num_draws: int, progress: bool) -> Iterator[Draw]:
         with ExitStack() as stack:
             stack.enter_context(self.energy.modes_put_back())
-            bar = stack.enter_context(_Progress(warm_start + burn_in + thin * num_draws, enabled=progress))
+            for callback in self.callbacks:
+                stack.callback(callback.on_close)
+                callback.on_start(self)
+            taken = min(self.index * thin + self.since_draw, thin * num_draws)
+            done = self.phase_steps["warm_start"] + self.phase_steps["burn_in"] + taken
+            bar = stack.enter_context(_Progress(warm_start + burn_in + thin * num_draws, done, enabled=progress))
 
             self.student.train()
-            with _Temperature(self.sampler, 0.0):
-                for _ in range(warm_start):
+            with self.warm_up:
+                while self.phase_steps["warm_start"] < warm_start:
                     self.step("warm_start", bar)
             self.energy.enter_sampling_mode()
-            for _ in range(burn_in):
+            while self.phase_steps["burn_in"] < burn_in:
                 self.step("burn_in", bar)
-            self.explore(bar)
-            noise_share = self.noise_share()
-            self.movement.begin()
-            run, chain = agreed(secrets.randbits(63), self.student), self.sampler.param_groups[0]["chain"]
+            if self.noise_share is None:
+                self.explore(bar)
+                self.noise_share = self.measured_noise_share()
+            chain = self.sampler.param_groups[0]["chain"]
             names = _names_that_differ(self.student, self.sampler, self.energy.batch_norm)
-            for index in range(num_draws):
-                for _ in range(thin):
+            while self.index < num_draws:
+                while self.since_draw < thin:
                     if not self.samples:
                         self.movement.end()
                         self.explore(bar)
-                        self.movement.begin()
+                    self.movement.begin()
                     self.step("sampling", bar)
                 if self.energy.batch_norm == "recalibrate":
                     self.recalibrate()
                 with whole(self.student) as student:
                     for k, model in enumerate(self.models(student)):
-                        draw = Draw(self.steps, chain + k, index, run, model, names, self.cycle)
+                        draw = Draw(self.steps, chain + k, self.index, self.number, model, names, self.cycle)
                         for callback in self.callbacks:
                             callback.on_draw(draw)
                         yield draw
+                self.index, self.since_draw = self.index + 1, 0
                 self.energy.enter_sampling_mode()  # the caller may have evaluated the live model
             self.movement.end()
             self.sampler.check()
             self.energy.check_loss()
-            health = Health(noise_share, self.movement.stationarity())
+            health = Health(self.noise_share, self.movement.stationarity())
             for callback in self.callbacks:
                 callback.on_end(health)
 
@@ -238,7 +288,9 @@ class _Loop:
         energy = self.energy.backward(next(self.energy.batches))
         self.sampler.step()
         self.steps += 1
+        self.phase_steps[phase] += 1
         if phase == "sampling":
+            self.since_draw += 1
             self.movement.count()
         if self.schedule is not None and phase != "warm_start":
             self.cycle = getattr(self.schedule, "cycle", 0)
@@ -266,7 +318,7 @@ class _Loop:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
-    def noise_share(self) -> list[float]:
+    def measured_noise_share(self) -> list[float]:
         """Variance of the minibatch gradient at the present point, in units of the temperature; warns where it is large."""
         groups = self.sampler.param_groups
         still = [is_zero(group["temperature"]) or is_zero(group["lr"]) for group in groups]
@@ -286,6 +338,9 @@ class _Loop:
         return shares
 
 
+_COUNTERS = ("steps", "since_draw", "index", "cycle", "number", "noise_share")
+
+
 class _Movement:
     """How |theta|^2 grows over stretches of sampling, and how it would in free diffusion: `Health.stationarity`."""
 
@@ -293,11 +348,23 @@ class _Movement:
         self.sampler = sampler
         self.growth = [0.0 for _ in sampler.param_groups]
         self.diffusion = [0.0 for _ in sampler.param_groups]
+        self.start: list[float] | None = None  # |theta|^2 where the stretch began, while there is one
+        self.heat = [0.0 for _ in sampler.param_groups]  # T lr', summed over the steps of the stretch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("growth", "diffusion", "start", "heat")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.read_rates()
 
     def begin(self) -> None:
-        self.start = self._squared_norms()
-        self.heat = [0.0 for _ in self.start]  # T lr', summed over the steps of the stretch
-        self.read_rates()
+        """Begin a stretch, unless it has begun."""
+        if self.start is None:
+            self.start = self._squared_norms()
+            self.heat = [0.0 for _ in self.start]
+            self.read_rates()
 
     def read_rates(self) -> None:
         """T lr' of the steps to come. Not at every step: reading a tensor waits for the device."""
@@ -308,10 +375,14 @@ class _Movement:
         self.heat = [heat + rate for heat, rate in zip(self.heat, self.rates, strict=True)]
 
     def end(self) -> None:
+        """End the stretch, if there is one."""
+        if self.start is None:
+            return
         for index, (group, after) in enumerate(zip(self.sampler.param_groups, self._squared_norms(), strict=True)):
             trace = _total(group, lambda p: metric_of(self.sampler, p).sum(dtype=torch.float64))
             self.growth[index] += after - self.start[index]
             self.diffusion[index] += 2 * self.heat[index] * trace / group["num_data"]
+        self.start = None
 
     def stationarity(self) -> list[float]:
         return [g / d if d > 0 else math.nan for g, d in zip(self.growth, self.diffusion, strict=True)]
@@ -327,27 +398,41 @@ def _total(group: dict[str, Any], of: Callable[[Tensor], Tensor]) -> float:
     return sum(float(sum_of_parts(of(parameter), parameter)) for parameter in group["params"])
 
 
-class _Temperature:
-    """Holds a sampler at one temperature."""
+class _WarmUp:
+    """Holds a sampler at temperature 0."""
 
-    def __init__(self, sampler: Sampler, temperature: float) -> None:
-        self.groups, self.temperature = sampler.param_groups, temperature
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.before: list[Any] | None = None  # the temperatures, while it is held
+
+    def state_dict(self) -> dict[str, Any]:
+        held = self.before
+        return {"before": None if held is None else [t.tolist() if isinstance(t, Tensor) else t for t in held]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Of a run that was saved while its sampler was held: give the sampler its temperatures back."""
+        if state["before"] is None:
+            return
+        for group, temperature in zip(self.sampler.param_groups, state["before"], strict=True):
+            group["temperature"] = torch.tensor(temperature) if isinstance(temperature, list) else temperature
 
     def __enter__(self) -> None:
-        self.before = [group["temperature"] for group in self.groups]
-        for group in self.groups:
-            group["temperature"] = self.temperature
+        self.before = [group["temperature"] for group in self.sampler.param_groups]
+        for group in self.sampler.param_groups:
+            group["temperature"] = 0.0
 
     def __exit__(self, *_: object) -> None:
-        for group, temperature in zip(self.groups, self.before, strict=True):
+        assert self.before is not None
+        for group, temperature in zip(self.sampler.param_groups, self.before, strict=True):
             group["temperature"] = temperature
+        self.before = None
 
 
 class _Progress:
     """A rich progress bar that reads the energy a few times a second, not on every step: reading waits for the device."""
 
-    def __init__(self, total: int, *, enabled: bool) -> None:
-        self.total, self.enabled, self.shown = total, enabled, 0.0
+    def __init__(self, total: int, done: int, *, enabled: bool) -> None:
+        self.total, self.done, self.enabled, self.shown = total, done, enabled, 0.0
 
     def __enter__(self) -> "_Progress":
         if self.enabled:
@@ -364,7 +449,7 @@ class _Progress:
             if self.enabled:
                 self.task = self.bar.add_task("warm_start", total=self.total, energy="", rate="")
                 self.bar.start()
-                self.began, self.steps, self.done = time.perf_counter(), 0, 0
+                self.began, self.steps = time.perf_counter(), 0
         return self
 
     def advance(self, phase: Phase, energy: Tensor) -> None:

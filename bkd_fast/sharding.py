@@ -1,7 +1,8 @@
 """Models that several processes train together: the parts of parameters that are here, and the model as a whole.
 
-A parameter whose elements lie on several processes is a DTensor (FSDP2, tensor parallelism). Its noise is a function of the element's index in the whole, so its
-part has to be a stretch of the whole in row-major order: split along the first dimension alone, or not at all.
+A parameter whose elements lie on several processes is a DTensor (FSDP2, tensor parallelism). Its noise is a function of the
+element's index in the whole, so its part has to be a stretch of the whole in row-major order: split along the first dimension
+alone, or not at all.
 """
 
 import sys

@@ -161,13 +161,14 @@ class ChosenClasses:
         new._join()
         return new
 
-    def joined(self, parts: Sequence["ChosenClasses"]) -> "ChosenClasses":
-        """These settings with the rows of all parts, one after the other."""
+    def joined(self, parts: Sequence["ChosenClasses"], rows: Sequence[slice]) -> "ChosenClasses":
+        """These settings with the given rows of each part, one after the other."""
         new = copy(self)
-        new.rows = sum(part.rows for part in parts)
+        new.rows = sum(here.stop - here.start for here in rows)
         for name in ("labels", "tracked", "watched"):
-            arrays = [getattr(part, name) for part in parts if getattr(part, name) is not None]
-            setattr(new, name, torch.cat(arrays) if len(arrays) == len(parts) else None)
+            arrays = [getattr(part, name) for part in parts]
+            known = all(array is not None for array in arrays)
+            setattr(new, name, torch.cat([a[here] for a, here in zip(arrays, rows, strict=True)]) if known else None)
         new._join()
         return new
 

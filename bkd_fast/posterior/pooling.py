@@ -81,54 +81,59 @@ def _shift(mean: Tensor, reference: Tensor, target: Tensor) -> Tensor:
 # ---- shards of rows ----
 
 
-def join_tiles(parts: Sequence[Tiles]) -> Tiles:
-    """The rows of all parts, one after the other."""
-    rows, first = sum(part.counts.numel() for part in parts), parts[0]
-    joined = empty_tiles(rows, first.row_cells, first.counters.shape[1], first.counts.device)
-    row = 0
-    for part in parts:
-        for chunk in chunks(part.counts.numel(), part.row_cells):
+def join_tiles(parts: Sequence[Tiles], rows: Sequence[slice]) -> Tiles:
+    """These rows of each part, one after the other."""
+    first, begin = parts[0], 0
+    joined = empty_tiles(_count(rows), first.row_cells, first.counters.shape[1], first.counts.device)
+    for part, here in zip(parts, rows, strict=True):
+        number, width = here.stop - here.start, part.row_cells
+        for chunk in chunks(number, width):
             cells = cells_of(part, chunk)
-            write_columns_(joined, cells + row * part.row_cells, columns_of(part, cells))
-        place = slice(row * part.row_cells, (row + part.counts.numel()) * part.row_cells)
+            write_columns_(joined, cells + begin * width, columns_of(part, cells + here.start * width))
         for mine, theirs in zip(joined[1:3], part[1:3], strict=True):
-            mine[place] = theirs[: place.stop - place.start]
-        joined.counts[row : row + part.counts.numel()] = part.counts
-        row += part.counts.numel()
+            mine[begin * width : (begin + number) * width] = theirs[here.start * width : here.stop * width]
+        joined.counts[begin : begin + number] = part.counts[here]
+        begin += number
     return joined
 
 
-def join_states_(state: PredictiveState, parts: Sequence[PredictiveState]) -> None:
-    """Fill the moments of `state`, whose rows are those of all parts, one after the other; not its tiles, but their counts."""
-    classes, row = state.tiles.row_cells, 0
-    for part in parts:
-        rows = part.tiles.counts.numel()
+def join_states_(state: PredictiveState, parts: Sequence[PredictiveState], rows: Sequence[slice]) -> None:
+    """Fill the moments of `state` with these rows of each part, one after the other; not its tiles, but their counts."""
+    classes, begin = state.tiles.row_cells, 0
+    for part, here in zip(parts, rows, strict=True):
+        end = begin + here.stop - here.start
         for name in ("mean", "m2", "reference"):
-            getattr(state, name)[row * classes : (row + rows) * classes] = getattr(part, name)[: rows * classes]
+            cells = slice(here.start * classes, here.stop * classes)
+            getattr(state, name)[begin * classes : end * classes] = getattr(part, name)[cells]
         for name in ("invalid", "entropy", "divergence"):
-            getattr(state, name)[row : row + rows] = getattr(part, name)
-        state.tiles.counts[row : row + rows] = part.tiles.counts
-        row += rows
+            getattr(state, name)[begin:end] = getattr(part, name)[here]
+        state.tiles.counts[begin:end] = part.tiles.counts[here]
+        begin = end
 
 
-def join_records(parts: Sequence[ChainRecord]) -> ChainRecord:
-    """The rows of all parts of one piece of a chain, brought to the coarsest segments and batches among them."""
+def join_records(parts: Sequence[ChainRecord], rows: Sequence[slice]) -> ChainRecord:
+    """These rows of each part of one piece of a chain, brought to the coarsest segments and batches among the parts."""
     segments, batch = max(part.length for part in parts), max(part.batch for part in parts)
     for part in parts:
         part.coarsen(segments, batch)
     width = max(0 if part.trace is None else part.trace.shape[1] for part in parts)
-    traces = [part.trace for part in parts if part.trace is not None]
+    pieces = list(zip(parts, rows, strict=True))
+    traces = [part.trace[here] for part, here in pieces if part.trace is not None]
     padded = [torch.nn.functional.pad(trace, (0, width - trace.shape[1])) for trace in traces]
     return ChainRecord(
-        [join_tiles(same) for same in zip(*(part.segments for part in parts), strict=True)],
+        [join_tiles(same, rows) for same in zip(*(part.segments for part in parts), strict=True)],
         segments,
-        torch.cat([part.batches for part in parts]),
+        torch.cat([part.batches[here] for part, here in pieces]),
         batch,
-        torch.cat([part.counts for part in parts]),
-        torch.cat([part.total for part in parts]),
-        torch.cat([part.squares for part in parts]),
+        torch.cat([part.counts[here] for part, here in pieces]),
+        torch.cat([part.total[here] for part, here in pieces]),
+        torch.cat([part.squares[here] for part, here in pieces]),
         torch.cat(padded) if len(padded) == len(parts) else None,
     )
+
+
+def _count(rows: Sequence[slice]) -> int:
+    return sum(here.stop - here.start for here in rows)
 
 
 # ---- processes ----

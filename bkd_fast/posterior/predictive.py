@@ -530,15 +530,35 @@ class PosteriorPredictive(PredictiveSummary):
         self._most_held = self._look_for_most()
 
     @classmethod
-    def join_rows(cls, parts: Sequence["PosteriorPredictive"]) -> "PosteriorPredictive":
+    def join_rows(
+        cls, parts: Sequence["PosteriorPredictive"], rows: Sequence[slice] | None = None
+    ) -> "PosteriorPredictive":
         """One posterior of the rows of all parts, in order: shards of the rows that took the same draws. The parts stay.
 
+        Args:
+            parts: the shards.
+            rows: of each part a stretch of its rows, slice(begin, end), to take in the place of all.
+
         Raises:
-            ValueError: no part, or parts of other classes, bins, numbers of tracked classes, draws or device.
+            ValueError: no part, rows that are no stretch of their part's, or parts of other classes, bins, numbers of tracked
+                classes, draws or device.
         """
         if not parts:
             raise ValueError("parts is empty: must hold at least one posterior")
         first = parts[0]
+        taken = [slice(0, part.num_rows) for part in parts] if rows is None else list(rows)
+        if len(taken) != len(parts):
+            raise ValueError(f"rows has {len(taken)} stretches: must have {len(parts)}, one for each part")
+        for part, here in zip(parts, taken, strict=True):
+            if (
+                here.start is None
+                or here.stop is None
+                or here.step
+                or not 0 <= here.start <= here.stop <= part.num_rows
+            ):
+                raise ValueError(
+                    f"rows holds {here}: must be slice(begin, end) with 0 <= begin <= end <= {part.num_rows}"
+                )
         for part in parts:
             part.flush()
             part._number_draws()
@@ -557,25 +577,26 @@ class PosteriorPredictive(PredictiveSummary):
                         f"part {i} has another {name} than part 0: shards of rows must be alike and hold the same draws"
                     )
         joined = cls(
-            sum(part.num_rows for part in parts),
+            sum(here.stop - here.start for here in taken),
             first.num_classes,
             bins=first.bins,
             stream=first._stream,
             device=first.device,
         )
         states = [part._flushed() for part in parts]
-        joined._classes = first._classes.joined([part._classes for part in parts])
+        joined._classes = first._classes.joined([part._classes for part in parts], taken)
         if joined._tracked is not None:
             joined._state = empty_state(joined.num_rows, joined.num_classes, first.bins, first.device, histogram=False)
-        joined._sketch = join_tiles([part._sketch for part in parts])
+        joined._sketch = join_tiles([part._sketch for part in parts], taken)
         if joined._tracked is None:
             joined._state = joined._state._replace(tiles=joined._sketch)
-        join_states_(joined._state, states)
+        join_states_(joined._state, states, taken)
         joined._traced, joined._num_draws = first._traced, first._num_draws
         joined._chains = {
-            piece: join_records([part._chains[piece].on(first.device) for part in parts]) for piece in first._chains
+            piece: join_records([part._chains[piece].on(first.device) for part in parts], taken)
+            for piece in first._chains
         }
-        joined._offered[:-1] = torch.cat([part._offered[:-1] for part in parts])
+        joined._offered[:-1] = torch.cat([part._offered[:-1][here] for part, here in zip(parts, taken, strict=True)])
         joined._streams.update(first._streams)
         joined._numbered = joined._most_offered = max(part._numbered for part in parts)
         joined._most_held = joined._look_for_most()

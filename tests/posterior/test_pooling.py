@@ -75,6 +75,15 @@ def test_shards_of_rows_make_the_whole(name: str) -> None:
     joined = PosteriorPredictive.join_rows(shards)
     assert_same(joined, whole)
     assert shards[0].num_rows == 4
+    # cut anew, with an empty stretch among them
+    cuts = [slice(0, 3), slice(3, 3), slice(3, 10), slice(10, ROWS)]
+    again = [PosteriorPredictive.join_rows([joined], [cut]) for cut in cuts]
+    assert [part.num_rows for part in again] == [3, 0, 7, 1]
+    assert_same(PosteriorPredictive.join_rows(again), whole)
+    middle = PosteriorPredictive.join_rows(shards[:2], [slice(1, 4), slice(0, 2)])
+    assert_same(middle, PosteriorPredictive.join_rows([whole], [slice(1, 6)]))
+    with pytest.raises(ValueError, match=r"rows holds slice\(2, 12, None\): must be slice\(begin, end\) with .* <= 11"):
+        PosteriorPredictive.join_rows([whole], [slice(2, 12)])
     for posterior in (joined, whole):  # which go on alike
         posterior.update_logits(LOGITS[150:])
     assert_same(joined, whole)
