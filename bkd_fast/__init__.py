@@ -5,7 +5,9 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 """
 
 from bkd_fast import noise, ops
+from bkd_fast.batches import Batches
 from bkd_fast.checking import SamplerCheck, check_sampler
+from bkd_fast.checkpoint import Checkpoints, Terminated
 from bkd_fast.distill import KDLoss
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
@@ -13,7 +15,7 @@ from bkd_fast.mesh import chain_mesh, data_parallel, data_rank, rows_here
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Diagnostics, DrawRecord, Draws, PosteriorPredictive, data_hash
 from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule, mean_model
-from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
+from bkd_fast.sampling import Callback, Draw, Health, Run, StepRecord, sample
 from bkd_fast.sketch import QuantileSketch
 from bkd_fast.stacked import StackedModule
 from bkd_fast.step_size import StepSize, suggest_lr
@@ -29,7 +31,9 @@ __all__ = [
     "AdamSGHMC",
     "BKDFastWarning",
     "BackendUnavailableError",
+    "Batches",
     "Callback",
+    "Checkpoints",
     "CyclicalSchedule",
     "Diagnostics",
     "Draw",
@@ -42,11 +46,13 @@ __all__ = [
     "NonFiniteError",
     "PosteriorPredictive",
     "QuantileSketch",
+    "Run",
     "SamplerCheck",
     "StackedModule",
     "StateFileError",
     "StepRecord",
     "StepSize",
+    "Terminated",
     "backends",
     "chain_mesh",
     "check_sampler",

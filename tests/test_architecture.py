@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "collectives": set(),
     "sharding": set(),
     "mesh": {"collectives"},
+    "batches": {"ops"},
+    "checkpoint": {"sampling", "posterior", "collectives", "samplers"},
     "sketch": {"ops"},
     "samplers": {"ops", "sketch", "sharding"},
     "distill": {"ops"},
