@@ -140,7 +140,8 @@ def agreed(value: int, model: nn.Module) -> int:
 def whole(model: nn.Module) -> Iterator[nn.Module]:
     """The model with all its parameters here, for any number of forward passes without gradients; a collective for FSDP2.
 
-    Of a DistributedDataParallel it is the model inside, whose forward pass tells the others nothing.
+    Of a DistributedDataParallel it is the model inside, whose forward pass tells the others nothing. FSDP2's `state_dict()`
+    splits the model again: read `named_parameters()`.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module

@@ -1,6 +1,7 @@
 """Tests on several processes of one machine, which talk by gloo."""
 
 import datetime
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -13,18 +14,21 @@ import torch.multiprocessing as mp
 
 from bkd_fast import BKDFastWarning
 
+# processes are forked from one that has imported these, which takes seconds
+multiprocessing.set_forkserver_preload(
+    ["bkd_fast.checkpoint", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch._dynamo"]
+)
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def in_processes(count: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Call function(*arguments) in `count` new processes that make a process group; what one raises is raised here.
-
-    To start them takes seconds: put many checks into one function.
-    """
+    """Call function(*arguments) in `count` new processes that make a process group; what one raises is raised here."""
+    store = folder / "store"
+    store.unlink(missing_ok=True)
     environment = os.environ.copy()
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        mp.spawn(_run, (count, function, str(folder / "store"), arguments), nprocs=count)
+        mp.start_processes(_run, (count, function, str(store), arguments), nprocs=count, start_method="forkserver")
     finally:
         os.environ.clear()
         os.environ.update(environment)

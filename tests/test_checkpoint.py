@@ -196,8 +196,7 @@ def test_counts(tmp_path, name) -> None:
 @pytest.fixture(scope="module")
 def start():
     """Starts the run in a process of its own: (folder, steps between checkpoints, seconds a step)."""
-    context = multiprocessing.get_context("forkserver")  # which imports torch once
-    context.set_forkserver_preload(["bkd_fast.checkpoint", "torch.distributed.checkpoint.state_dict", "torch._dynamo"])
+    context = multiprocessing.get_context("forkserver")
 
     def begin(folder: Path, every: int, seconds: float = 0.0) -> multiprocessing.Process:
         process = context.Process(target=slowly, args=(folder, every, seconds))

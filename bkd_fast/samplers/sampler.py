@@ -963,8 +963,8 @@ def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
                 f"parameter group {number} of the saved state has chains = {saved.get('chains', 1)}: this sampler has "
                 f"{group['chains']}"
             )
-        names, saved_names = group.get("param_names"), saved.get("param_names")
-        if names and saved_names and list(names) != list(saved_names):
+        names, saved_names = (_unwrapped(entries.get("param_names")) for entries in (group, saved))
+        if names and saved_names and names != saved_names:
             if set(names) != set(saved_names):
                 different = sorted(set(names) ^ set(saved_names))
                 raise ValueError(
@@ -978,3 +978,8 @@ def _matched_by_name(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             }
         matched.append(saved)
     return {**state_dict, "param_groups": matched}
+
+
+def _unwrapped(names: Sequence[str] | None) -> list[str]:
+    """The names of parameters without what DistributedDataParallel and torch.compile put before them."""
+    return [name.replace("_orig_mod.", "").removeprefix("module.") for name in names or ()]
