@@ -6,7 +6,7 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 
 from bkd_fast import noise, ops
 from bkd_fast.checking import SamplerCheck, check_sampler
-from bkd_fast.distill import KDLoss
+from bkd_fast.distill import KDLoss, TopKLogits
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
@@ -16,6 +16,7 @@ from bkd_fast.sampling import Callback, Draw, Health, StepRecord, sample
 from bkd_fast.sketch import QuantileSketch
 from bkd_fast.stacked import StackedModule
 from bkd_fast.step_size import StepSize, suggest_lr
+from bkd_fast.teacher_cache import TeacherCache, TeacherCacheWriter, fingerprint_of, record_teacher
 
 __version__ = "0.1.0"
 
@@ -46,12 +47,17 @@ __all__ = [
     "StateFileError",
     "StepRecord",
     "StepSize",
+    "TeacherCache",
+    "TeacherCacheWriter",
+    "TopKLogits",
     "backends",
     "check_sampler",
     "data_hash",
+    "fingerprint_of",
     "mean_model",
     "noise",
     "ops",
+    "record_teacher",
     "sample",
     "suggest_lr",
     "use_backend",

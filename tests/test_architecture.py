@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "sampling": {"energy", "stacked", "samplers", "distill", "posterior", "ops", "collectives"},
     "step_size": {"energy", "samplers"},
     "checking": set(),
+    "teacher_cache": {"distill", "posterior", "collectives"},
     "heads": {"samplers", "distill", "posterior", "ops"},
 }
 ANYTHING = {"app", "__init__"}  # app stands on top; the package's face shows what it chooses
