@@ -8,7 +8,7 @@ from bkd_fast import noise, ops
 from bkd_fast.batches import Batches
 from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.checkpoint import Checkpoints, Terminated
-from bkd_fast.distill import KDLoss
+from bkd_fast.distill import KDLoss, TopKLogits
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.mesh import chain_mesh, data_parallel, data_rank, rows_here
@@ -19,6 +19,7 @@ from bkd_fast.sampling import Callback, Draw, Health, Run, StepRecord, sample
 from bkd_fast.sketch import QuantileSketch
 from bkd_fast.stacked import StackedModule
 from bkd_fast.step_size import StepSize, suggest_lr
+from bkd_fast.teacher_cache import TeacherCache, TeacherCacheWriter, fingerprint_of, record_teacher
 
 __version__ = "0.1.0"
 
@@ -52,16 +53,21 @@ __all__ = [
     "StateFileError",
     "StepRecord",
     "StepSize",
+    "TeacherCache",
+    "TeacherCacheWriter",
     "Terminated",
+    "TopKLogits",
     "backends",
     "chain_mesh",
     "check_sampler",
     "data_hash",
     "data_parallel",
     "data_rank",
+    "fingerprint_of",
     "mean_model",
     "noise",
     "ops",
+    "record_teacher",
     "rows_here",
     "sample",
     "suggest_lr",

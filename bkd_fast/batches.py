@@ -1,22 +1,14 @@
 """Batches in an order that is a function of (seed, epoch): a run goes on from any step, on any number of processes."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bkd_fast.errors import StateFileError
 from bkd_fast.ops.noise import Tag, check_field, normal_
-
-
-class TeacherLogits(Protocol):
-    """Cached logits of a teacher, by sample id and view."""
-
-    views: int
-
-    def logits(self, ids: Tensor, view: int) -> Any: ...
+from bkd_fast.teacher_cache import TeacherCache
 
 
 class Batches:
@@ -34,11 +26,12 @@ class Batches:
         shard: this process's number among those that share each batch, and how many these are (`data_rank`). Each gets an equal
             part.
         views: how many views of a sample there are: epoch e takes view e mod views. None: the data set has none.
-        teacher: cached logits of the same samples; it must have as many views.
+        teacher: cached logits of the same samples and views.
         options: for torch's DataLoader: num_workers, pin_memory, collate_fn ...
 
     Raises:
-        ValueError: a batch larger than the data set or that its processes cannot share evenly, views that differ.
+        ValueError: a batch larger than the data set or that its processes cannot share evenly, a teacher of other samples or
+            views.
     """
 
     def __init__(
@@ -49,7 +42,7 @@ class Batches:
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
         views: int | None = None,
-        teacher: TeacherLogits | None = None,
+        teacher: TeacherCache | None = None,
         **options: Any,
     ) -> None:
         size = len(dataset)  # type: ignore[arg-type]
@@ -63,8 +56,11 @@ class Batches:
             raise ValueError(
                 f"shard = {shard} with batch_size = {batch_size}: must be a part of equal parts, (rank, count)"
             )
-        if teacher is not None and teacher.views != (views or 1):
-            raise ValueError(f"teacher has views = {teacher.views}: must be {views or 1}, those of the data set")
+        if teacher is not None:
+            for name, value in (("num_samples", size), ("views", views or 1)):
+                found = getattr(teacher.about, name)
+                if found != value:
+                    raise ValueError(f"teacher has {name} = {found}: must be {value}, as the data set")
         self.dataset, self.batch_size, self.seed, self.shard = dataset, batch_size, seed, shard
         self.views, self.teacher = views, teacher
         self.position = 0  # batches given since the beginning

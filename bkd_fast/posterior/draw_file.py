@@ -132,7 +132,7 @@ class DrawFile:
         try:
             with replacing(path) as file:
                 file.write(struct.pack("<Q", len(text)) + text + struct.pack("<q", _guarded(0, zlib.crc32(text))))
-                _fill_with_zeros(file, size)
+                fill_with_zeros(file, size)
         except OSError as error:
             reason = f"cannot make a file of {size} bytes for {keep} draws ({error.strerror})"
             raise OSError(error.errno, reason, str(path)) from error
@@ -261,7 +261,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _fill_with_zeros(file: BinaryIO, size: int) -> None:
+def fill_with_zeros(file: BinaryIO, size: int) -> None:
     """Lengthen a file to `size` bytes that have their room on disk, which those of a hole do not."""
     file.flush()
     if hasattr(os, "posix_fallocate"):
