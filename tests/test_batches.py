@@ -1,5 +1,7 @@
 """Batches: the order, its parts, views, cached teachers, and going on in the middle."""
 
+from itertools import chain
+
 import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
@@ -30,7 +32,7 @@ def test_an_epoch_is_a_permutation_that_seed_and_epoch_determine() -> None:
     assert len(batches) == 3
     found = rows_of(batches, 9)
     for epoch in range(3):
-        rows = sum(found[3 * epoch : 3 * epoch + 3], [])
+        rows = [*chain.from_iterable(found[3 * epoch : 3 * epoch + 3])]
         assert len(set(rows)) == 18 and set(rows) < set(range(ROWS))
         order = normal_(torch.empty(ROWS), seed=5, step=epoch, tag=4).argsort(stable=True)
         assert rows == order[:18].tolist()
@@ -52,7 +54,7 @@ def test_processes_share_each_batch(count) -> None:
     whole = rows_of(of(), 5)
     parts = [rows_of(of(shard=(rank, count)), 5) for rank in range(count)]
     for step, rows in enumerate(whole):
-        assert sum((part[step] for part in parts), []) == rows
+        assert [*chain.from_iterable(part[step] for part in parts)] == rows
         assert {len(part[step]) for part in parts} == {BATCH // count}
 
 
