@@ -6,7 +6,7 @@ PosteriorPredictive streams what the draws predict, and `sample` is the loop tha
 
 from bkd_fast import noise, ops
 from bkd_fast.checking import SamplerCheck, check_sampler
-from bkd_fast.distill import KDLoss
+from bkd_fast.distill import KDLoss, TopKLogits
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
 from bkd_fast.heads import LinearHeadSampler
 from bkd_fast.ops import backends, use_backend
@@ -46,6 +46,7 @@ __all__ = [
     "StateFileError",
     "StepRecord",
     "StepSize",
+    "TopKLogits",
     "backends",
     "check_sampler",
     "data_hash",

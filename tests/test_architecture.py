@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "distill": {"ops"},
     "posterior": {"ops", "sketch", "collectives"},
     "stacked": set(),
-    "energy": {"samplers", "stacked"},
+    "energy": {"samplers", "stacked", "ops"},
     "sampling": {"energy", "stacked", "samplers", "distill", "posterior", "ops", "collectives"},
     "step_size": {"energy", "samplers"},
     "checking": set(),
