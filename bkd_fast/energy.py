@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bkd_fast.ops.topk import TopKLogits
 from bkd_fast.samplers.sampler import Sampler, rates_of
 from bkd_fast.sharding import local, sum_of_parts
 from bkd_fast.stacked import StackedModule
 
-Batch: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # x, target, teacher logits
+Batch: TypeAlias = tuple[Tensor, Tensor | None, Tensor | TopKLogits | None]  # x, target, teacher logits
 BatchNorm: TypeAlias = Literal["freeze", "recalibrate", "train"]
 
 COORDINATES = 4096  # per group, on which the gradient's variance is measured

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bkd_fast.distill import KDLoss
+from bkd_fast.distill import KDLoss, TopKLogits
 from bkd_fast.errors import NonFiniteError
 from bkd_fast.ops.head import HeadStep, head_step_, logits_of
 from bkd_fast.ops.noise import check_field
@@ -125,13 +125,16 @@ class LinearHeadSampler:
             f"posterior_temperature={self.posterior_temperature:g}, steps={self.steps}, {self.loss.extra_repr()})"
         )
 
-    def step(self, x: Tensor, target: Tensor | None = None, teacher_logits: Tensor | None = None) -> Tensor:
+    def step(
+        self, x: Tensor, target: Tensor | None = None, teacher_logits: Tensor | TopKLogits | None = None
+    ) -> Tensor:
         """One step of every chain on one batch.
 
         Args:
             x: features (rows, features); float32, bfloat16 or float16.
             target: classes int64 (rows,); None for a batch without labels.
-            teacher_logits: (rows, classes); float32, bfloat16 or float16. Not read where prior_strength is 0.
+            teacher_logits: (rows, classes); float32, bfloat16 or float16. `TopKLogits` are written out to such float32 rows
+                first: the head's kernels read no others. Not read where prior_strength is 0.
 
         Returns:
             The mean energy of each chain before the step, float32 (chains,), on its device.
@@ -142,6 +145,8 @@ class LinearHeadSampler:
                 no part, such elements keep their values, and `check()` tells.
         """
         self._check()
+        if isinstance(teacher_logits, TopKLogits):
+            teacher_logits = teacher_logits.dense(self.weight.shape[1])
         energy, nonfinite = head_step_(
             HeadStep(
                 weight=self.weight,

@@ -138,7 +138,8 @@ def sample(
             draw's model is then the whole network, and every process must take the draw.
         sampler: a sampler of `bkd_fast`.
         loss_fn: called as loss_fn(logits, target, teacher_logits), such as `KDLoss`; must be a mean over the batch.
-        train_loader: yields (x, target), or (x, target, teacher_logits) with cached teacher logits; target may be None.
+        train_loader: yields (x, target), or (x, target, teacher_logits) with cached teacher logits or their `TopKLogits`;
+            target may be None.
         teacher: gives the teacher's logits of x, in eval mode and without gradients, where the loader does not.
         warm_start, burn_in, thin, num_draws: counts of steps and draws.
         batch_norm: after the warm start, "freeze" keeps the running statistics fixed, so that the posterior is one of a fixed

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bkd_fast.collectives import gather, rank
-from bkd_fast.distill.topk import TopKLogits
 from bkd_fast.errors import NonFiniteError, StateFileError
+from bkd_fast.ops.topk import TopKLogits
 from bkd_fast.posterior.card import data_hash, file_hash
 from bkd_fast.posterior.draw_file import fill_with_zeros, replacing
 from bkd_fast.posterior.evaluation import batches_of, evaluating
@@ -242,7 +242,7 @@ class TeacherCache:
             view: of the samples.
 
         Returns:
-            float16 (*ids.shape, classes); with top_k, TopKLogits of float16, int64 and float32.
+            float16 (*ids.shape, classes); with top_k, TopKLogits of float16, int32 and float32.
 
         Raises:
             TypeError: ids of another type.
@@ -255,7 +255,7 @@ class TeacherCache:
             return torch.from_numpy(rows).view(*ids.shape, self.about.classes)
         return TopKLogits(
             torch.from_numpy(rows["values"].copy()).view(*ids.shape, self.about.top_k),
-            torch.from_numpy(rows["indices"].astype(np.int64)).view(*ids.shape, self.about.top_k),
+            torch.from_numpy(rows["indices"].astype(np.int32)).view(*ids.shape, self.about.top_k),
             torch.from_numpy(rows["rest"].copy()).view(ids.shape),
         )
 

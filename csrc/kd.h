@@ -26,6 +26,9 @@ enum class Fault : int {
   target_out_of_range,        // neither a class nor ignore_index
   target_not_probabilities,   // soft labels: negative, NaN, or a sum that is not 1
   target_on_masked_class,     // a label on a class that the student cannot give: infinite energy
+  // of a top-k teacher, and looked for before anything but the label
+  teacher_index_out_of_range,  // not a class
+  teacher_index_repeated,      // a class that the row has named before
 };
 
 // What all rows of a call share.
@@ -151,6 +154,22 @@ BKD_HD void tempered_softmax(const Real* logits, int64_t n, double temperature, 
   const Real share = (Real)(1.0 / total), log_total = (Real)__builtin_log(total);
   for (int64_t k = 0; k < n; ++k) p[k] *= share;
   for (int64_t k = 0; k < n; ++k) log_p[k] -= log_total;
+}
+
+// A top-k teacher's row written out: `rest` for every class but the `count` in `indices`, whose logits are `values`.
+// Until its logit replaces it, a named class holds its number in the list: of one named twice only the last.
+template <class Real, class Index>
+BKD_HD Fault expand_top(const Real* values, const Index* indices, int64_t count, Real rest, int64_t classes, Real* row) {
+  for (int64_t k = 0; k < classes; ++k) row[k] = rest;
+  for (int64_t j = 0; j < count; ++j) {
+    if ((uint64_t)(int64_t)indices[j] >= (uint64_t)classes) return Fault::teacher_index_out_of_range;
+    row[indices[j]] = (Real)j;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    if (row[indices[j]] != (Real)j) return Fault::teacher_index_repeated;
+    row[indices[j]] = values[j];
+  }
+  return Fault::none;
 }
 
 // The teacher's row as p_T and log p_T. From probabilities p_T is proportional to p^(1/T), which is softmax(log p / T).

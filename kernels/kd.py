@@ -5,6 +5,8 @@ Three ways, with the same arithmetic (kd_row.py):
     on_chip   up to 16 Ki classes: a row stays in registers; one read, one write
     tiled     above: sums under a running maximum, then the gradient from a second read
     mixture   several teachers: a row is read again for each of them
+
+A top-k teacher (kd_topk.py) is never written out: a row is read without it.
 """
 
 import math
@@ -37,21 +39,23 @@ from bkd_fast.kernels.kd_row import (
     read_tiles,
     settings_of,
     store_tile,
+    streamed,
     sums_of_row,
     teacher_exponent,
     total_of,
     zero_sums,
 )
 from bkd_fast.kernels.kd_settle import settle
+from bkd_fast.kernels.kd_topk import add_teacher, read_rest, store_named, top_of_teacher
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "ignore_index", "strength", "inverse_temperature", "label_weight",
                                "smoothing", "scale", "tolerance_teacher", "tolerance_target"])  # fmt: skip
-def on_chip(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignore_index, strength,
+def on_chip(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, blocks, ignore_index, strength,
             inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target,
             REAL: tl.constexpr, CLASSES: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr,
-            LABELS: tl.constexpr, SMOOTHED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-            CHUNKS: tl.constexpr):  # fmt: skip
+            LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+            BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """ROWS rows per program, each in CHUNKS tiles of BLOCK columns that stay in registers as they are stored."""
     s = settings_of(
         strength, inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target, REAL
@@ -62,33 +66,44 @@ def on_chip(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignor
     inside = row < rows
     at = chain.to(tl.int64) * rows + row
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
-    t_base, y_base = z_base, z_base
+    t_base, y_base, i_base = z_base, z_base, indices
     if PRIOR != NONE:
-        t_base = teacher + row * CLASSES
+        t_base = teacher + row * (TOP if TOP else CLASSES)
+    if TOP:
+        i_base = indices + row * TOP
     if LABELS == SOFT:
         y_base = soft + row * CLASSES
     lane = tl.arange(0, BLOCK)[None, :]
+    TILED: tl.constexpr = streamed(PRIOR, TOP)
+    COUNTED: tl.constexpr = SMOOTHED or TOP > 0
 
     tiles = ()
     for j in tl.static_range(CHUNKS):
         tile = read_tiles(z_base, t_base, y_base, j * BLOCK + lane, inside, REAL, CLASSES, (j + 1) * BLOCK <= CLASSES, ROWS == 1,
-                          PRIOR, PROBS, LABELS)  # fmt: skip
+                          TILED, PROBS, LABELS)  # fmt: skip
         tiles = tiles + (tile,)  # noqa: RUF005 (Triton has no unpacking)
     z_most, t_most = tiles[0][0], tiles[0][1]
     for j in tl.static_range(1, CHUNKS):
         z_most = tl.maximum(z_most, tiles[j][0])
         t_most = tl.maximum(t_most, tiles[j][1])
     z_top = tl.maximum(tl.max(z_most, 1, keep_dims=True).to(REAL), lowest(REAL))
-    t_top = z_top
-    if PRIOR != NONE:
+    t_top, t_rest = z_top, z_top
+    if TOP:
+        t_rest = read_rest(rest, row, inside, REAL, CLASSES, TOP)
+        t_top = top_of_teacher(t_base, t_rest, inside, REAL, TOP, WIDTH)
+    elif PRIOR != NONE:
         t_top = tl.maximum(log_teacher(tl.max(t_most, 1, keep_dims=True), REAL, PROBS), lowest(REAL))
 
     sums = zero_sums(ROWS, BLOCK, REAL)
     for j in tl.static_range(CHUNKS):
         z, t, y = tiles[j]
-        sums = add_tile(sums, z.to(REAL), log_teacher(t, REAL, PROBS), t.to(REAL), y.to(REAL), z_top, t_top, s, PRIOR, PROBS,
-                    POWER, LABELS, SMOOTHED)  # fmt: skip
-    total = total_of(sums, PRIOR, PROBS, POWER, LABELS, SMOOTHED)
+        sums = add_tile(sums, z.to(REAL), log_teacher(t, REAL, PROBS), t.to(REAL), y.to(REAL), z_top, t_top, s, TILED, PROBS,
+                    POWER, LABELS, COUNTED)  # fmt: skip
+    total = total_of(sums, TILED, PROBS, POWER, LABELS, COUNTED)
+    if TOP:
+        total = add_teacher(
+            total, z_base, t_base, i_base, t_rest, inside, z_top, t_top, s, REAL, CLASSES, PRIOR, TOP, WIDTH
+        )
 
     label, out_of_range, x_label = tl.full((ROWS, 1), -1, tl.int32), inside & (row < 0), z_top
     if LABELS == HARD:
@@ -100,9 +115,15 @@ def on_chip(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignor
 
     for j in tl.static_range(CHUNKS):
         z, t, y = tiles[j]
-        g = gradient_tile(c, z.to(REAL), log_teacher(t, REAL, PROBS), y.to(REAL), j * BLOCK + lane, label, z_top, t_top, s,
-                      PRIOR, PROBS, POWER, LABELS, SMOOTHED)  # fmt: skip
+        t = log_teacher(t, REAL, PROBS)
+        if TOP:
+            t = t_rest
+        g = gradient_tile(c, z.to(REAL), t, y.to(REAL), j * BLOCK + lane, label, z_top, t_top, s, PRIOR, PROBS, POWER, LABELS,
+                          SMOOTHED)  # fmt: skip
         store_tile(g_base, j * BLOCK + lane, inside, g, CLASSES, (j + 1) * BLOCK <= CLASSES, ROWS == 1)
+    if TOP:
+        store_named(g_base, z_base, t_base, i_base, y_base, inside, label, z_top, t_top, c, s, REAL, CLASSES, PRIOR, POWER,
+                    LABELS, SMOOTHED, TOP, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -117,22 +138,27 @@ def label_of_row(labels, row, rows, z_base, z_top, ignore_index, s, REAL: tl.con
 
 
 @triton.jit
-def _write_tile(g_base, z_base, t_base, y_base, column, label, z_top, t_top, c, s, REAL: tl.constexpr, CLASSES: tl.constexpr,
-                FULL: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr, LABELS: tl.constexpr,
-                SMOOTHED: tl.constexpr):  # fmt: skip
+def _write_tile(g_base, z_base, t_base, y_base, column, label, z_top, t_top, t_rest, c, s, REAL: tl.constexpr,
+                CLASSES: tl.constexpr, FULL: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr,
+                LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TOP: tl.constexpr):  # fmt: skip
     """A tile of one row's gradient, from a second read."""
-    z, t, y = read_tiles(z_base, t_base, y_base, column, column >= 0, REAL, CLASSES, FULL, True, PRIOR, PROBS, LABELS)
-    g = gradient_tile(c, z.to(REAL), log_teacher(t, REAL, PROBS), y.to(REAL), column, label, z_top, t_top, s, PRIOR, PROBS,
-                  POWER, LABELS, SMOOTHED)  # fmt: skip
+    z, t, y = read_tiles(z_base, t_base, y_base, column, column >= 0, REAL, CLASSES, FULL, True, streamed(PRIOR, TOP), PROBS,
+                         LABELS)  # fmt: skip
+    t = log_teacher(t, REAL, PROBS)
+    if TOP:
+        t = t_rest
+    g = gradient_tile(c, z.to(REAL), t, y.to(REAL), column, label, z_top, t_top, s, PRIOR, PROBS, POWER, LABELS,
+                      SMOOTHED)  # fmt: skip
     store_tile(g_base, column, column >= 0, g, CLASSES, FULL, True)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "ignore_index", "strength", "inverse_temperature", "label_weight",
                                "smoothing", "scale", "tolerance_teacher", "tolerance_target"])  # fmt: skip
-def tiled(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignore_index, strength,
+def tiled(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, blocks, ignore_index, strength,
           inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target,
           REAL: tl.constexpr, CLASSES: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr,
-          LABELS: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+          LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
     """One row per program, read twice; the second time backwards, so that it begins with what the caches still hold."""
     s = settings_of(
         strength, inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target, REAL
@@ -141,14 +167,22 @@ def tiled(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignore_
     row = (tl.program_id(0) % blocks).to(tl.int64)
     at = chain.to(tl.int64) * rows + row
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
-    t_base, y_base = z_base, z_base
+    t_base, y_base, i_base = z_base, z_base, indices
     if PRIOR != NONE:
-        t_base = teacher + row * CLASSES
+        t_base = teacher + row * (TOP if TOP else CLASSES)
+    if TOP:
+        i_base = indices + row * TOP
     if LABELS == SOFT:
         y_base = soft + row * CLASSES
-    total, z_top, t_top = sums_of_row(
-        z_base, t_base, y_base, s, REAL, CLASSES, PRIOR, PROBS, POWER, LABELS, SMOOTHED, BLOCK
-    )
+    total, z_top, t_top = sums_of_row(z_base, t_base, y_base, s, REAL, CLASSES, streamed(PRIOR, TOP), PROBS, POWER, LABELS,
+                                      SMOOTHED or TOP > 0, BLOCK)  # fmt: skip
+    t_rest = t_top
+    if TOP:
+        t_rest = read_rest(rest, row + tl.arange(0, 1)[None, :], row < rows, REAL, CLASSES, TOP)
+        t_top = top_of_teacher(t_base, t_rest, row < rows, REAL, TOP, WIDTH)
+        total = add_teacher(
+            total, z_base, t_base, i_base, t_rest, row < rows, z_top, t_top, s, REAL, CLASSES, PRIOR, TOP, WIDTH
+        )
 
     label, out_of_range, x_label = label_of_row(
         labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS
@@ -159,11 +193,14 @@ def tiled(logits, teacher, labels, soft, gradient, energy, rows, blocks, ignore_
     lane = tl.arange(0, BLOCK)[None, :]
     whole: tl.constexpr = CLASSES // BLOCK * BLOCK
     if whole < CLASSES:
-        _write_tile(g_base, z_base, t_base, y_base, whole + lane, label, z_top, t_top, c, s, REAL, CLASSES, False, PRIOR, PROBS,
-                    POWER, LABELS, SMOOTHED)  # fmt: skip
+        _write_tile(g_base, z_base, t_base, y_base, whole + lane, label, z_top, t_top, t_rest, c, s, REAL, CLASSES, False, PRIOR,
+                    PROBS, POWER, LABELS, SMOOTHED, TOP)  # fmt: skip
     for i in range(BLOCK, whole + BLOCK, BLOCK):
-        _write_tile(g_base, z_base, t_base, y_base, whole - i + lane, label, z_top, t_top, c, s, REAL, CLASSES, True, PRIOR,
-                    PROBS, POWER, LABELS, SMOOTHED)  # fmt: skip
+        _write_tile(g_base, z_base, t_base, y_base, whole - i + lane, label, z_top, t_top, t_rest, c, s, REAL, CLASSES, True,
+                    PRIOR, PROBS, POWER, LABELS, SMOOTHED, TOP)  # fmt: skip
+    if TOP:
+        store_named(g_base, z_base, t_base, i_base, y_base, row < rows, label, z_top, t_top, c, s, REAL, CLASSES, PRIOR, POWER,
+                    LABELS, SMOOTHED, TOP, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -356,9 +393,17 @@ def mixture_shape(classes: int, double: bool) -> tuple[int, int]:
     return block, max(1, block // (64 if double else 256))
 
 
+def named_width(top: int, rows: int, warps: int) -> int:
+    """The named classes of a top-k teacher that a program takes at once: 8 per thread at most, and 1 in the largest programs,
+    which have no registers to spare."""
+    return min(triton.next_power_of_2(top), 256 * warps // rows, 512)
+
+
 def energy_and_gradient(
     logits: Tensor,
     teacher: Tensor | None,
+    indices: Tensor | None,
+    rest: Tensor | None,
     labels: Tensor | None,
     soft: Tensor | None,
     weights: Tensor | None,
@@ -383,7 +428,9 @@ def energy_and_gradient(
 
     Args:
         logits: (chains, rows, classes).
-        teacher: (teachers, rows, classes) logits or probabilities, or None where `prior` is "none".
+        teacher: (teachers, rows, classes) logits or probabilities, or None where `prior` is "none"; with `indices`
+            (1, rows, k) logits.
+        indices, rest: int32 or int64 (rows, k) and float32 (rows,), a top-k teacher's; or None.
         labels: (rows,) int64, or None.
         soft: (rows, classes), or None.
         weights: (teachers,) or (rows, teachers) float64; None: the entropy weights.
@@ -420,7 +467,8 @@ def energy_and_gradient(
         "POWER": int(temperature) if temperature in (1, 2, 4) else 0,
         "SMOOTHED": label_smoothing > 0 and kinds["LABELS"] != 0,
     }
-    inputs = (logits, teacher, labels, soft)
+    inputs, named = (logits, teacher, labels, soft), (indices, rest)
+    top = 0 if indices is None else indices.shape[1]
     teachers = 1 if teacher is None else len(teacher)
     weights_stride = teachers if weights is not None and weights.dim() == 2 else 0
     with on_device_of(logits):
@@ -432,23 +480,29 @@ def energy_and_gradient(
                 num_warps=warps,
             )  # fmt: skip
         else:
-            bits = 64 if double else 8 * max(x.element_size() for x in (logits, teacher, soft) if x is not None)
+            bits = (
+                64
+                if double
+                else 8 * max(x.element_size() for x in (logits, None if top else teacher, soft) if x is not None)
+            )
             plain = prior in ("none", "dirichlet") and soft is None and forms["POWER"] != 0 and not forms["SMOOTHED"]
             shape = shape_of(classes, bits, plain)
             if shape is None:
                 tiled[(chains * rows,)](
-                    *inputs, gradient, energy, rows, rows, ignore_index, *settings, **kinds, **forms, PRIOR=PRIORS[prior],
+                    *inputs, *named, gradient, energy, rows, rows, ignore_index, *settings, **kinds, **forms,
+                    PRIOR=PRIORS[prior], TOP=top, WIDTH=named_width(top, 1, TILE_WARPS),
                     BLOCK=TILE // 2 if double else TILE, num_warps=TILE_WARPS,
                 )  # fmt: skip
             else:
                 blocks = triton.cdiv(rows, shape.rows)
                 on_chip[(chains * blocks,)](
-                    *inputs, gradient, energy, rows, blocks, ignore_index, *settings, **kinds, **forms, PRIOR=PRIORS[prior],
-                    ROWS=shape.rows, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=shape.warps,
+                    *inputs, *named, gradient, energy, rows, blocks, ignore_index, *settings, **kinds, **forms,
+                    PRIOR=PRIORS[prior], TOP=top, WIDTH=named_width(top, shape.rows, shape.warps), ROWS=shape.rows,
+                    BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=shape.warps,
                 )  # fmt: skip
         total = settle(
-            inputs, weights, gradient, energy, weights_stride, ignore_index, settings,
-            {**kinds, "PRIOR": PRIORS[prior], "TEACHERS": teachers, "WEIGHTED": weights is not None},
+            inputs, named, weights, gradient, energy, weights_stride, ignore_index, settings,
+            {**kinds, "PRIOR": PRIORS[prior], "TOP": top, "TEACHERS": teachers, "WEIGHTED": weights is not None},
             total_factor, register, stamp,
         )  # fmt: skip
     return (energy if total is None else total), gradient

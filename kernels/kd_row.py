@@ -32,6 +32,7 @@ DIRICHLET: tl.constexpr = tl.constexpr(1)
 CONTINUOUS_CATEGORICAL: tl.constexpr = tl.constexpr(2)
 REVERSE_KL: tl.constexpr = tl.constexpr(3)
 MIXTURE: tl.constexpr = tl.constexpr(4)
+ENTROPY: tl.constexpr = tl.constexpr(5)  # the reverse KL's own terms, as tiles without the teacher's have them
 
 HARD: tl.constexpr = tl.constexpr(1)  # labels: 0 is none
 SOFT: tl.constexpr = tl.constexpr(2)
@@ -160,6 +161,20 @@ def expects(prior):
 
 
 @triton.constexpr_function
+def streamed(prior, top):
+    """What the tiles of a row have of a prior: nothing of a top-k teacher, which kd_topk.py adds."""
+    if not top:
+        return prior
+    return ENTROPY.value if prior == REVERSE_KL.value else NONE.value
+
+
+@triton.constexpr_function
+def has_tiles(prior):
+    """Whether a row's tiles have the teacher's."""
+    return prior not in (NONE.value, ENTROPY.value)
+
+
+@triton.constexpr_function
 def _merged(prior, power):
     """Whether w is u and one coefficient serves both."""
     return power == 1 and prior not in (CONTINUOUS_CATEGORICAL.value, REVERSE_KL.value)
@@ -186,7 +201,9 @@ def add_tile(sums, z, t, p, y, z_top, t_top, s, PRIOR: tl.constexpr, PROBS: tl.c
     soft, least, hit, spread, unmasked = sums.soft, sums.least, sums.hit, sums.spread, sums.unmasked
     if LABELS and POWER != 1:
         plain += _plain(x, u, POWER)
-    if PRIOR != NONE:
+    if PRIOR == ENTROPY:
+        slope += tl.where(x == -INFINITY, 0.0, u * log_u)
+    if has_tiles(PRIOR):
         log_v = (t - t_top) * teacher_exponent(s, PROBS)
         v = tl.exp2(log_v)
         teacher += v
@@ -256,7 +273,7 @@ def total_of(sums, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr
     soft, least, hit, spread, unmasked = zero, zero, zero, zero, zero
     if LABELS and POWER != 1:
         plain = tl.sum(sums.plain, 1, keep_dims=True)
-    if PRIOR != NONE:
+    if has_tiles(PRIOR):
         teacher = tl.sum(sums.teacher, 1, keep_dims=True)
     if expects(PRIOR):
         cross = tl.sum(sums.cross, 1, keep_dims=True)
@@ -375,7 +392,7 @@ def read_tiles(z_base, t_base, y_base, column, inside, REAL: tl.constexpr, CLASS
     """A tile of student logits, of the teacher's row and of soft labels, as they are stored; z for what there is not."""
     z = load_tile(z_base, column, inside, -INFINITY, CLASSES, FULL, ONE)
     t, y = z, z
-    if PRIOR != NONE:
+    if has_tiles(PRIOR):
         t = load_tile(t_base, column, inside, 0.0 if PROBS else -INFINITY, CLASSES, FULL, ONE)
     if LABELS == SOFT:
         y = load_tile(y_base, column, inside, 0.0, CLASSES, FULL, ONE)
@@ -393,7 +410,9 @@ def _shifted(
     plain, teacher, cross, slope, hit, spread = sums.plain, sums.teacher, sums.cross, sums.slope, sums.hit, sums.spread
     if LABELS and POWER != 1:
         plain *= _plain(dz, du, POWER)
-    if PRIOR != NONE:
+    if PRIOR == ENTROPY:
+        slope = (slope + log_du * sums.student) * du
+    if has_tiles(PRIOR):
         dv = tl.exp2(log_dv)
         teacher *= dv
         if expects(PRIOR):
@@ -419,7 +438,7 @@ def _extend(sums, z_top, t_top, z_base, t_base, y_base, column, s, REAL: tl.cons
     z_new = tl.maximum(z_top, tl.max(z, 1, keep_dims=True))
     dz = tl.where(z_top == lowest(REAL), 0.0, z_top - z_new)  # nothing was added yet
     t_new, log_dv = t_top, dz
-    if PRIOR != NONE:
+    if has_tiles(PRIOR):
         t_new = tl.maximum(t_top, tl.max(t, 1, keep_dims=True))
         log_dv = tl.where(t_top == lowest(REAL), 0.0, t_top - t_new) * teacher_exponent(s, PROBS)
     sums = _shifted(sums, dz, log_dv, s, PRIOR, POWER, LABELS, SMOOTHED)

@@ -32,26 +32,34 @@ from bkd_fast.kernels.kd_row import (
     settings_of,
     teacher_exponent,
 )
+from bkd_fast.kernels.kd_topk import faults_of_top, read_rest
 
-TARGET_OUT_OF_RANGE: tl.constexpr = tl.constexpr(9)  # the code that is looked for before 1, 2, ...
+# the codes that are looked for before 1, 2, ...
+TARGET_OUT_OF_RANGE: tl.constexpr = tl.constexpr(9)
+TEACHER_INDEX_OUT_OF_RANGE: tl.constexpr = tl.constexpr(12)
 
 
 @triton.jit
-def _fault_of(z_base, t_base, y_base, weights_base, label, out_of_range, teacher_stride, s, REAL: tl.constexpr,
-              CLASSES: tl.constexpr, TEACHERS: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr,
-              WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_of_range, teacher_stride, s,
+              REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr, PRIOR: tl.constexpr, TOP: tl.constexpr,
+              PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The first fault of one row, in the order of csrc/kd.h; 0 for none. Pointers are the row's, the rest are scalars."""
     lane = tl.arange(0, BLOCK)
     found = tl.full((), 0, tl.int32)
     live = False
+    masked = tl.full((), 0, tl.int32)
     for start in range(0, CLASSES, BLOCK):
         column = start + lane
         here = column < CLASSES
         z = tl.load(z_base + column, mask=here, other=-INFINITY).to(REAL)
         live = live | any_of(z > -INFINITY)
+        if TOP:
+            masked += tl.sum((here & (z == -INFINITY)).to(tl.int32))
         found = found | tl.where(any_of((z < INFINITY) == 0), 1 << 1, 0)
     found = found | tl.where(live, 0, 1 << 2)
-    if PRIOR != NONE:
+    if TOP:
+        found = found | faults_of_top(z_base, t_base, i_base, t_rest, masked, s, REAL, CLASSES, PRIOR, TOP, BLOCK)
+    elif PRIOR != NONE:
         for m in range(TEACHERS):
             row = t_base + m * teacher_stride
             top = tl.zeros((), REAL) - INFINITY
@@ -106,22 +114,28 @@ def _fault_of(z_base, t_base, y_base, weights_base, label, out_of_range, teacher
     code = tl.full((), 0, tl.int32)
     for k in tl.static_range(11, 0, -1):
         code = tl.where((found >> k) & 1 != 0, k, code)
+    if TOP:
+        code = tl.where((found >> TEACHER_INDEX_OUT_OF_RANGE) & 1 != 0, TEACHER_INDEX_OUT_OF_RANGE, code)
     if LABELS == HARD:
         code = tl.where(out_of_range, TARGET_OUT_OF_RANGE, code)
     return code
 
 
 @triton.jit
-def _settle_row(logits, teacher, labels, soft, weights, gradient, energy, register, at, rows, weights_stride, ignore_index,
-                stamp, s, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr, PRIOR: tl.constexpr,
-                PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, register, at, rows, weights_stride,
+                ignore_index, stamp, s, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
+                PRIOR: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
     """Look one row through, and report its fault; a row whose numbers are only large has none, and stays as it is."""
     chain, row = at // rows, at % rows
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
-    t_base, y_base, weights_base = z_base, z_base, z_base
+    t_base, y_base, weights_base, i_base, t_rest = z_base, z_base, z_base, indices, s.strength
     label, out_of_range = tl.full((), -1, tl.int32), row < 0
     if PRIOR != NONE:
-        t_base = teacher + row * CLASSES
+        t_base = teacher + row * (TOP if TOP else CLASSES)
+    if TOP:
+        i_base = indices + row * TOP
+        t_rest = read_rest(rest, row, row < rows, REAL, CLASSES, TOP)
     if WEIGHTED:
         weights_base = weights + row * weights_stride
     if LABELS == SOFT:
@@ -129,8 +143,8 @@ def _settle_row(logits, teacher, labels, soft, weights, gradient, energy, regist
     elif LABELS == HARD:
         label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES)
     stride = tl.full((), CLASSES, tl.int64) * rows
-    code = _fault_of(z_base, t_base, y_base, weights_base, label, out_of_range, stride, s, REAL, CLASSES, TEACHERS, PRIOR,
-                     PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
+    code = _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_of_range, stride, s, REAL, CLASSES,
+                     TEACHERS, PRIOR, TOP, PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
     if code != 0:
         tl.atomic_max(register, fault_word(stamp, chain, row, code))
         tl.store(energy + at, NAN)
@@ -143,10 +157,10 @@ def _settle_row(logits, teacher, labels, soft, weights, gradient, energy, regist
 @triton.jit(do_not_specialize=["count", "rows", "weights_stride", "ignore_index", "stamp", "factor", "strength",
                                "inverse_temperature", "label_weight", "smoothing", "scale", "tolerance_teacher",
                                "tolerance_target"])  # fmt: skip
-def settle_rows(logits, teacher, labels, soft, weights, gradient, energy, out, register, count, rows, weights_stride,
-                ignore_index, stamp, factor, strength, inverse_temperature, label_weight, smoothing, scale,
+def settle_rows(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, out, register, count, rows,
+                weights_stride, ignore_index, stamp, factor, strength, inverse_temperature, label_weight, smoothing, scale,
                 tolerance_teacher, tolerance_target, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
-                PRIOR: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr,
+                PRIOR: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr,
                 SUMMED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Settle the rows of chunk i of the energies; where SUMMED, out[i] = factor * their sum, added in float64."""
     s = settings_of(
@@ -164,9 +178,9 @@ def settle_rows(logits, teacher, labels, soft, weights, gradient, energy, out, r
                 if start + i < count:
                     one = tl.load(energy + start + i)
                     if (tl.abs(one) < INFINITY) == 0:
-                        _settle_row(logits, teacher, labels, soft, weights, gradient, energy, register, start + i, rows,
-                                    weights_stride, ignore_index, stamp, s, REAL, CLASSES, TEACHERS, PRIOR, PROBS, LABELS,
-                                    WEIGHTED, BLOCK)  # fmt: skip
+                        _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, register, start + i,
+                                    rows, weights_stride, ignore_index, stamp, s, REAL, CLASSES, TEACHERS, PRIOR, TOP, PROBS,
+                                    LABELS, WEIGHTED, BLOCK)  # fmt: skip
         start += BLOCK
     if SUMMED:
         tl.store(out + tl.program_id(0), (tl.sum(total) * real_of(factor, REAL)).to(out.dtype.element_ty))
@@ -209,6 +223,7 @@ CHUNK = 8192  # energies per program: one program settles most batches, and then
 
 def settle(
     inputs: Sequence[Tensor | None],
+    named: Sequence[Tensor | None],
     weights: Tensor | None,
     gradient: Tensor,
     energy: Tensor,
@@ -222,8 +237,8 @@ def settle(
 ) -> Tensor | None:
     """Settle all rows; `factor` times the sum of their energies, 0-dim, of their dtype, or None where `factor` is.
 
-    The order of the additions depends on nothing but the shape of `energy` (chains, rows). `inputs`, `settings` and `kinds`
-    are those of the kernels in kd.py.
+    The order of the additions depends on nothing but the shape of `energy` (chains, rows). `inputs`, `named`, `settings` and
+    `kinds` are those of the kernels in kd.py.
     """
     count, rows = energy.numel(), energy.shape[1]
     double = energy.dtype == torch.float64
@@ -232,7 +247,7 @@ def settle(
     parts = total if chunks == 1 else torch.empty(chunks, dtype=torch.float64, device=energy.device)
     whole = number_of(1.0 if factor is None else factor, double)
     settle_rows[(chunks,)](
-        *inputs, weights, gradient, energy, parts, register, count, rows, weights_stride, ignore_index, stamp,
+        *inputs, *named, weights, gradient, energy, parts, register, count, rows, weights_stride, ignore_index, stamp,
         whole if chunks == 1 else number_of(1.0, double), *settings, **kinds, SUMMED=factor is not None, CHUNK=CHUNK,
         BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

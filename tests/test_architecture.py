@@ -26,11 +26,11 @@ MAY_IMPORT = {
     "distill": {"ops"},
     "posterior": {"ops", "sketch", "collectives", "sharding"},
     "stacked": set(),
-    "energy": {"samplers", "stacked", "sharding"},
+    "energy": {"samplers", "stacked", "sharding", "ops"},
     "sampling": {"energy", "stacked", "samplers", "distill", "posterior", "ops", "sharding"},
     "step_size": {"energy", "samplers"},
     "checking": set(),
-    "teacher_cache": {"distill", "posterior", "collectives"},
+    "teacher_cache": {"ops", "posterior", "collectives"},
     "heads": {"samplers", "distill", "posterior", "ops"},
 }
 ANYTHING = {"app", "__init__"}  # app stands on top; the package's face shows what it chooses

@@ -84,6 +84,18 @@ def test_features_of_16_bits_are_as_their_values_in_float32(dtype):
     torch.testing.assert_close(short.weight, long.weight, rtol=0, atol=1e-6)
 
 
+def test_top_k_teachers_are_the_rows_that_they_stand_for():
+    ours, dense = _sampler(), _sampler()
+    for x, y, t in _batches(3):
+        top = bkd.TopKLogits.of(t, 3)
+        assert torch.equal(ours.step(x, y, top), dense.step(x, y, top.dense(CLASSES)))
+    assert torch.equal(ours.weight, dense.weight)
+    top.indices[4, 1] = CLASSES
+    with pytest.raises(ValueError, match=r"teacher_logits.indices holds 10: must be classes in \[0, 10\)"):
+        ours.step(x, y, top)
+    assert torch.equal(ours.weight, dense.weight) and ours.steps == 3
+
+
 def test_resumes_bit_for_bit():
     batches = list(_batches(6))
     through, first = _sampler(chains=2, chain=1), _sampler(chains=2, chain=1)

@@ -152,6 +152,20 @@ def test_cached_teacher_logits_equal_the_online_teacher():
     torch.testing.assert_close(*chains)
 
 
+def test_cached_top_k_logits_equal_the_rows_that_they_stand_for():
+    chains = []
+    for dense in (False, True):
+        student, teacher, _, x = _problem()
+        y = (x[:, 0] > 0).long()
+        top = bkd.TopKLogits.of(teacher(x), 2)
+        rows = top.dense(3) if dense else [bkd.TopKLogits(*row) for row in zip(*top, strict=True)]
+        loader = DataLoader(list(zip(x, y, rows, strict=True)), 16)
+        for _ in bkd.sample(student, _sampler(student), bkd.KDLoss(2.0, 2.0), loader, num_draws=5, progress=False):
+            pass
+        chains.append(student[0].weight.detach())
+    assert torch.equal(*chains)
+
+
 def test_a_head_alone_is_sampled():
     student, teacher, loader, _ = _problem()
     before = student[0].weight.detach().clone()

@@ -102,18 +102,6 @@ def test_top_k_rows_come_back_with_the_rest_in_float32(tmp_path, classes, k, wid
         assert_same(rest, wanted.rest)
 
 
-def test_the_rest_is_the_log_of_the_mean_exponential_of_the_others():
-    logits = table(1, 50, 13)[0].double()
-    top = bkd.TopKLogits.of(logits, 4)
-    others = logits.sort(descending=True).values[:, 4:]
-    torch.testing.assert_close(top.rest.double(), others.exp().mean(1).log(), rtol=1e-5, atol=1e-5)
-    dense = top.dense(13)
-    assert_same(dense.gather(1, top.indices), top.values.float())
-    assert (dense == top.rest[:, None]).sum(1).eq(9).all()
-    torch.testing.assert_close(dense.double().logsumexp(1), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
-    assert_same(bkd.TopKLogits.of(logits, 13).rest, torch.zeros(50))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_logits_of_any_floating_dtype(tmp_path, dtype):
     logits = table(1, 5, 3).to(dtype).requires_grad_()

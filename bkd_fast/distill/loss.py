@@ -1,12 +1,16 @@
 """`KDLoss`: minus the log posterior of the student's outputs under a teacher-informed prior, as a drop-in loss."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bkd_fast.ops.faults import check_faults
 from bkd_fast.ops.kd import PRIORS, REDUCTIONS, kd_energy
+from bkd_fast.ops.topk import TopKLogits
+
+Data = TypeVar("Data", Tensor, Tensor | None)
 
 
 class KDLoss(nn.Module):
@@ -112,7 +116,7 @@ class KDLoss(nn.Module):
         self,
         logits: Tensor,
         target: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | TopKLogits | None = None,
         *,
         teacher_probs: Tensor | None = None,
     ) -> Tensor:
@@ -123,17 +127,18 @@ class KDLoss(nn.Module):
                 float32, for float64 in float64. Leading dimensions (chains) share targets and teachers, which are not
                 copied. -inf masks a class, on which neither label nor teacher may then count.
             target: classes (rows,) int64, probabilities (rows, classes), or None for a batch without labels.
-            teacher_logits: (rows, classes), for the mixture (teachers, rows, classes). Not read where prior_strength
-                is 0.
+            teacher_logits: (rows, classes), for the mixture (teachers, rows, classes). Or `TopKLogits` of the rows, but for
+                the mixture: read as they are, never written out in memory; classes in `indices` that are repeated are an
+                error on a CPU and not looked for on CUDA. Not read where prior_strength is 0.
             teacher_probs: in their place, probabilities of the same shape; 0 is legal for "dirichlet" and "mixture".
 
         Returns:
             A scalar, or (..., rows) for `reduction="none"`; float32, or float64 for float64 logits.
 
         Raises:
-            TypeError: a dtype that is not supported.
-            ValueError: both or neither of the teacher's forms, shapes or class counts that disagree, targets out of
-                range, rows of probabilities that are none, labels or teachers on masked classes.
+            TypeError: a dtype that is not supported, `TopKLogits` for a mixture.
+            ValueError: both or neither of the teacher's forms, shapes or class counts that disagree, targets or classes
+                of `TopKLogits` out of range, rows of probabilities that are none, labels or teachers on masked classes.
             NonFiniteError: a row of logits that holds NaN or +inf, or nothing but -inf.
             RuntimeError: the first call on a CUDA device is inside a graph's capture.
 
@@ -146,7 +151,7 @@ class KDLoss(nn.Module):
         return kd_energy(
             logits,
             _data(target),
-            _data(teacher),
+            TopKLogits(*map(_data, teacher)) if isinstance(teacher, TopKLogits) else _data(teacher),
             mixture_weights=self._weights(logits, teacher),
             prior=self.prior,
             teacher_is_probs=teacher_probs is not None,
@@ -171,9 +176,9 @@ class KDLoss(nn.Module):
         """
         check_faults()
 
-    def _weights(self, logits: Tensor, teacher: Tensor | None) -> Tensor | None:
+    def _weights(self, logits: Tensor, teacher: Tensor | TopKLogits | None) -> Tensor | None:
         """The mixture weights as the operation takes them: a tensor, or None for the entropy weights."""
-        if self.prior != "mixture" or teacher is None or teacher.dim() != 3 or not len(teacher):
+        if self.prior != "mixture" or not isinstance(teacher, Tensor) or teacher.dim() != 3 or not len(teacher):
             return None
         if isinstance(self.mixture_weights, Tensor):
             return _data(self.mixture_weights)
@@ -188,7 +193,7 @@ class KDLoss(nn.Module):
         )
 
 
-def _data(tensor: Tensor | None) -> Tensor | None:
+def _data(tensor: Data) -> Data:
     """Without its graph; itself where there is none, so that `check` may find it again."""
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.errors import NonFiniteError
+from bkd_fast.ops.topk import TopKLogits
 
 # Each fault of csrc/kd.h, whose code is its place here from 1: the error's type, the argument to blame, and what is allowed.
 FAULTS: dict[str, tuple[type[Exception], str, str]] = {
@@ -31,6 +32,8 @@ FAULTS: dict[str, tuple[type[Exception], str, str]] = {
     "target_out_of_range": (ValueError, "target", "must be a class"),
     "target_not_probabilities": (ValueError, "target", "must be probabilities: not negative, with sum 1"),
     "target_on_masked_class": (ValueError, "target", "must not be on a class whose logit is -inf"),
+    "teacher_index_out_of_range": (ValueError, "teacher_logits.indices", "must be a class"),
+    "teacher_index_repeated": (ValueError, "teacher_logits.indices", "must be distinct in a row"),
 }
 
 LAST_CALL = 4095  # calls are numbered from 0; this number and all above are one
@@ -76,11 +79,14 @@ def decode(word: int) -> Fault | None:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The tensors of a call, as far as they are at hand: logits (..., rows, classes), and as in `kd_energy`."""
+    """The tensors of a call, as far as they are at hand: logits (..., rows, classes), and as in `kd_energy`; `teacher` holds the
+    values of a top-k one."""
 
     logits: Tensor | None = None
     target: Tensor | None = None
     teacher: Tensor | None = None
+    indices: Tensor | None = None
+    rest: Tensor | None = None
     weights: Tensor | None = None
     ignore_index: int = -100
 
@@ -99,9 +105,12 @@ def error_of(fault: Fault, inputs: Inputs | None = None) -> Exception:
     elif argument == "teacher":
         name = "teacher_probs" if form.teacher_is_probs else "teacher_logits"
         where = f"{name}[:, {row}]" if form.several_teachers else f"{name}[{row}]"
-        if inputs.teacher is not None:
-            rows = inputs.teacher.reshape(-1, *inputs.teacher.shape[-2:])
-            value = rows[:, row] if form.several_teachers else rows[0, row]
+        value = _teacher_row(inputs, row, form)
+    elif argument == "teacher_logits.indices":
+        place, value = _first_bad_index(fault, inputs)
+        where = f"{argument}{[row, *place]}"
+        if inputs.logits is not None and fault.name == "teacher_index_out_of_range":
+            allowed = f"must be a class in [0, {inputs.logits.shape[-1]})"
     elif argument == "mixture_weights":
         where = f"mixture_weights[{row}]" if form.weights_per_row else "mixture_weights"
         if inputs.weights is not None:
@@ -112,6 +121,29 @@ def error_of(fault: Fault, inputs: Inputs | None = None) -> Exception:
             classes = "" if inputs.logits is None else f" in [0, {inputs.logits.shape[-1]})"
             allowed = f"must be a class{classes} or ignore_index = {inputs.ignore_index}"
     return error(f"{where}: {allowed}" if value is None else f"{where} = {_shown(value)}: {allowed}")
+
+
+def _teacher_row(inputs: Inputs, row: int, form: Form) -> Tensor | None:
+    if inputs.teacher is None:
+        return None
+    if inputs.indices is not None:
+        if inputs.logits is None or inputs.rest is None:
+            return None
+        return TopKLogits(inputs.teacher[row], inputs.indices[row], inputs.rest[row]).dense(inputs.logits.shape[-1])
+    rows = inputs.teacher.reshape(-1, *inputs.teacher.shape[-2:])
+    return rows[:, row] if form.several_teachers else rows[0, row]
+
+
+def _first_bad_index(fault: Fault, inputs: Inputs) -> tuple[list[int], Tensor | None]:
+    """Where in its row of a top-k teacher the class is that cannot be used, and the class; nothing where it is not at hand."""
+    if inputs.indices is None or inputs.logits is None:
+        return [], None
+    before: set[int] = set()
+    for place, index in enumerate(inputs.indices[fault.row].tolist()):
+        if index in before if fault.name == "teacher_index_repeated" else not 0 <= index < inputs.logits.shape[-1]:
+            return [place], inputs.indices[fault.row, place]
+        before.add(index)
+    return [], None
 
 
 def _unravel(chain: int, leading: Sequence[int]) -> list[int]:
@@ -152,7 +184,7 @@ class Register:
             return form.stamp(LAST_CALL)  # its numbers are those of whichever replay
         self.calls += 1
         self._ignore_index = inputs.ignore_index
-        named = {name: getattr(inputs, name) for name in ("logits", "target", "teacher", "weights")}
+        named = {name: getattr(inputs, name) for name in ("logits", "target", "teacher", "indices", "rest", "weights")}
         self._last = {
             name: (weakref.ref(tensor), tensor._version)
             for name, tensor in named.items()

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from bkd_fast.ops.faults import Fault, Form, Inputs, error_of, records, register_of
 from bkd_fast.ops.registry import find
+from bkd_fast.ops.topk import TopKLogits, check_fields
 
 PRIORS = ("dirichlet", "continuous_categorical", "reverse_kl", "mixture")
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TENSORS = 6  # the operation's first arguments; the others are settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Problem:
     logits: Tensor  # (chains, rows, classes)
     labels: Tensor | None  # (rows,) int64
     soft: Tensor | None  # (rows, classes)
-    teacher: Tensor | None  # (teachers, rows, classes); None: no prior
+    teacher: Tensor | None  # (teachers, rows, classes), or with indices (1, rows, k); None: no prior
     weights: Tensor | None  # (teachers,) or (rows, teachers) float64; None: the entropy weights
     prior: str
     teacher_is_probs: bool
@@ -50,6 +52,8 @@ class Problem:
     total_factor: float = 1.0
     register: Tensor | None = None  # int64 (1,)
     stamp: int = 0
+    indices: Tensor | None = None  # int32 or int64 (rows, k): the classes that `teacher`, a top-k one, has logits of
+    rest: Tensor | None = None  # float32 (rows,): its logit of each other class
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -82,10 +86,9 @@ def _folds_scale(dtype: torch.dtype) -> bool:
 
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
-    "kd_energy(Tensor logits, Tensor? target, Tensor? teacher, Tensor? mixture_weights, str prior, "
-    "bool teacher_is_probs, float prior_strength, float temperature, float label_weight, float label_smoothing, "
-    "int ignore_index, "
-    "str reduction) -> (Tensor energy, Tensor gradient)"
+    "kd_energy(Tensor logits, Tensor? target, Tensor? teacher, Tensor? indices, Tensor? rest, Tensor? mixture_weights, "
+    "str prior, bool teacher_is_probs, float prior_strength, float temperature, float label_weight, "
+    "float label_smoothing, int ignore_index, str reduction) -> (Tensor energy, Tensor gradient)"
 )
 
 
@@ -94,6 +97,8 @@ def _energy_of(
     logits: Tensor,
     target: Tensor | None,
     teacher: Tensor | None,
+    indices: Tensor | None,
+    rest: Tensor | None,
     mixture_weights: Tensor | None,
     prior: str,
     teacher_is_probs: bool,
@@ -109,13 +114,13 @@ def _energy_of(
     inverse = 1.0 / count if reduction == "mean" else 1.0
     hard = target is not None and not target.is_floating_point()
     if prior_strength == 0:
-        teacher, mixture_weights = None, None
+        teacher, indices, rest, mixture_weights = None, None, None, None
     form = Form(
         teacher_is_probs=teacher_is_probs,
         several_teachers=teacher is not None and teacher.dim() == 3 and teacher.shape[0] > 1,
         weights_per_row=mixture_weights is not None and mixture_weights.dim() == 2,
     )
-    inputs = Inputs(logits, target, teacher, mixture_weights, ignore_index)
+    inputs = Inputs(logits, target, teacher, indices, rest, mixture_weights, ignore_index)
     register = register_of(logits.device) if records(logits.device) else None
     problem = Problem(
         logits=_with_leading(logits).contiguous(),
@@ -135,6 +140,8 @@ def _energy_of(
         total_factor=inverse,
         register=register.word if register is not None else None,
         stamp=register.begin(form, inputs) if register is not None else 0,
+        indices=indices.contiguous() if indices is not None else None,
+        rest=rest.to(torch.float32).contiguous() if rest is not None else None,
     )
     energy, gradient, bad_row, fault = find("kd_energy", logits.device)(problem)
     if bad_row >= 0:
@@ -221,12 +228,12 @@ def _vmap(
     energy_of: Callable[..., tuple[Tensor, Tensor]], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """A mapped dimension of logits alone is one of chains; one that teachers or targets share joins the rows."""
-    logits, target, teacher, weights, *settings = arguments
+    settings = list(arguments[TENSORS:])
     tensors = [
         tensor.movedim(dim, 0) if dim is not None else tensor
-        for tensor, dim in zip((logits, target, teacher, weights), in_dims[:4], strict=True)
+        for tensor, dim in zip(arguments[:TENSORS], in_dims[:TENSORS], strict=True)
     ]
-    size, mapped = info.batch_size, [dim is not None for dim in in_dims[:4]]
+    size, mapped = info.batch_size, [dim is not None for dim in in_dims[:TENSORS]]
     logits = tensors[0] if mapped[0] else tensors[0].expand(size, *tensors[0].shape)
     rows, classes, reduction = logits.shape[-2], logits.shape[-1], settings[-1]
     settings[-1] = "none"
@@ -234,20 +241,22 @@ def _vmap(
         energy, gradient = energy_of(logits, *tensors[1:], *settings)
     else:
         # per-row tensors get a dimension of `size` beside the rows, then both become one
-        target, teacher, weights = (
+        target, teacher, indices, rest, weights = (
             None if tensor is None else tensor if mapped[i + 1] else tensor.expand(size, *tensor.shape)
             for i, tensor in enumerate(tensors[1:])
         )
         if target is not None:
             target = target.reshape(size * rows, *target.shape[2:])
         if teacher is not None:
-            teacher = teacher.movedim(0, -3).reshape(*teacher.shape[1:-2], size * rows, classes)
+            teacher = teacher.movedim(0, -3).reshape(*teacher.shape[1:-2], size * rows, teacher.shape[-1])
+        if indices is not None and rest is not None:
+            indices, rest = indices.reshape(size * rows, -1), rest.reshape(size * rows)
         if weights is not None:
             weights = weights if weights.dim() == 3 else weights.unsqueeze(1).expand(size, rows, weights.shape[-1])
             weights = weights.reshape(size * rows, -1)
         merged = logits.movedim(0, -3)
         flat = merged.reshape(*merged.shape[:-3], size * rows, classes)
-        energy, gradient = energy_of(flat, target, teacher, weights, *settings)
+        energy, gradient = energy_of(flat, target, teacher, indices, rest, weights, *settings)
         energy = energy.reshape(merged.shape[:-1]).movedim(-2, 0)
         gradient = gradient.reshape(merged.shape).movedim(-3, 0)
     if reduction != "none":
@@ -320,7 +329,7 @@ class _TransformedEnergy(torch.autograd.Function):
 def kd_energy(
     logits: Tensor,
     target: Tensor | None,
-    teacher: Tensor | None,
+    teacher: Tensor | TopKLogits | None,
     *,
     mixture_weights: Tensor | None = None,
     prior: str = "dirichlet",
@@ -338,7 +347,7 @@ def kd_energy(
         logits: (..., rows, classes), float32, float64, bfloat16 or float16.
         target: (rows,) int64, (rows, classes) floating, or None.
         teacher: (rows, classes), or (teachers, rows, classes) for the mixture; logits, or probabilities where
-            `teacher_is_probs`. Not read where `prior_strength` is 0.
+            `teacher_is_probs`. Or, for one teacher, its top k. Not read where `prior_strength` is 0.
         mixture_weights: (teachers,) or (rows, teachers); None: the entropy weights.
 
     Returns:
@@ -353,7 +362,8 @@ def kd_energy(
     and `faults.check_faults` raises. The first call on a device must not be inside a CUDA graph's capture (RuntimeError).
     """
     _check(logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength)
-    tensors = (logits, target, teacher, mixture_weights)
+    values, indices, rest = teacher if isinstance(teacher, TopKLogits) else (teacher, None, None)
+    tensors = (logits, target, values, indices, rest, mixture_weights)
     settings = (
         prior, teacher_is_probs, prior_strength, temperature, label_weight, label_smoothing, ignore_index, reduction,
     )  # fmt: skip
@@ -372,7 +382,7 @@ def kd_energy(
 def _check(
     logits: Tensor,
     target: Tensor | None,
-    teacher: Tensor | None,
+    teacher: Tensor | TopKLogits | None,
     weights: Tensor | None,
     prior: str,
     teacher_is_probs: bool,
@@ -400,15 +410,25 @@ def _check(
             )
         return
     name = "teacher_probs" if teacher_is_probs else "teacher_logits"
-    if teacher.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {teacher.dtype}: must be one of {DTYPES}")
-    wanted = f"(teachers, {rows}, {classes})" if prior == "mixture" else f"({rows}, {classes})"
-    if (
-        teacher.dim() != (3 if prior == "mixture" else 2)
-        or teacher.shape[-2:] != (rows, classes)
-        or not teacher.shape[0]
-    ):
-        raise ValueError(f"{name} has shape {tuple(teacher.shape)}: must be {wanted} {beside}")
+    if isinstance(teacher, TopKLogits):
+        if teacher_is_probs or prior == "mixture":
+            raise TypeError(
+                f"{name} is TopKLogits: must be a tensor for {'probabilities' if teacher_is_probs else 'a mixture'}"
+            )
+        check_fields(teacher, classes)
+        name, teacher = "teacher_logits.values", teacher.values
+        if teacher.dim() != 2 or len(teacher) != rows:
+            raise ValueError(f"{name} has shape {tuple(teacher.shape)}: must be ({rows}, k) {beside}")
+    else:
+        if teacher.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {teacher.dtype}: must be one of {DTYPES}")
+        wanted = f"(teachers, {rows}, {classes})" if prior == "mixture" else f"({rows}, {classes})"
+        if (
+            teacher.dim() != (3 if prior == "mixture" else 2)
+            or teacher.shape[-2:] != (rows, classes)
+            or not teacher.shape[0]
+        ):
+            raise ValueError(f"{name} has shape {tuple(teacher.shape)}: must be {wanted} {beside}")
     if weights is not None:
         if weights.dtype not in DTYPES:
             raise TypeError(f"mixture_weights has dtype {weights.dtype}: must be one of {DTYPES}")

@@ -363,6 +363,20 @@ BKD_INLINE bool read_label(const KdCall& call, int64_t row, int32_t& label) {
   return is_class | (y == call.ignore_index);
 }
 
+// The teacher's row as it is dense; `values` holds `top` elements while a top-k teacher's is written out.
+template <class Real>
+Fault read_teacher(const KdCall& call, int64_t row, Real* values, Real* dense) {
+  const int64_t n = call.settings.classes, at = row * call.top;
+  if (!call.indices) {
+    read(call.teacher, call.teacher_storage, row * n, n, dense);
+    return Fault::none;
+  }
+  read(call.teacher, call.teacher_storage, at, call.top, values);
+  const Real rest = (Real)call.rest[row];
+  return call.wide_indices ? expand_top(values, (const int64_t*)call.indices + at, call.top, rest, n, dense)
+                           : expand_top(values, (const int32_t*)call.indices + at, call.top, rest, n, dense);
+}
+
 // ---- the general way ----
 
 template <class Real>
@@ -384,8 +398,10 @@ Fault general_row(const KdCall& call, int64_t chain, int64_t row, char* scratch,
   const int64_t at = (chain * call.rows + row) * n;
   read(call.logits, call.logits_storage, at, n, logits);
   if (s.prior != Prior::none) {
-    for (int64_t m = 0; m < s.teachers; ++m)
-      read(call.teacher, call.teacher_storage, (m * call.rows + row) * n, n, teacher + m * n);
+    for (int64_t m = 0; m < s.teachers; ++m) {
+      const Fault fault = read_teacher(call, m * call.rows + row, rest, teacher + m * n);
+      if (fault != Fault::none) return fault;
+    }
     r.teacher = teacher;
   }
   if (call.weights) {
@@ -442,6 +458,17 @@ BKD_INLINE const float* staged(const void* data, Storage storage, int64_t from, 
   return stage;
 }
 
+// The teacher's `count` rows from `row` on, the same way. A top-k teacher's that cannot be used is NaN, which shows.
+BKD_INLINE const float* staged_teacher(const KdCall& call, int64_t row, int64_t count, int64_t padded, float* values,
+                                       float* stage) {
+  const int64_t n = call.settings.classes;
+  if (!call.indices) return staged(call.teacher, call.teacher_storage, row * n, count * n, padded * n, stage);
+  for (int64_t r = 0; r < count; ++r)
+    if (read_teacher(call, row + r, values, stage + r * n) != Fault::none) stage[r * n] = __builtin_nanf("");
+  for (int64_t i = count * n; i < padded * n; ++i) stage[i] = 0.0f;
+  return stage;
+}
+
 template <Tempering kind, bool taught>
 void vector_block(const KdCall& call, const Terms& terms, const Block& block, char* scratch, KdTaskResult& result) {
   const int64_t classes = terms.classes, stride = kd_fast_stride(classes);
@@ -450,7 +477,7 @@ void vector_block(const KdCall& call, const Terms& terms, const Block& block, ch
   float* t_stage = z_stage + stride;
   float* g_stage = t_stage + stride;
   const bool in_place = call.logits_storage == Storage::float32;
-  const int64_t z_from = (block.chain * call.rows + block.row) * classes, t_from = block.row * classes;
+  const int64_t z_from = (block.chain * call.rows + block.row) * classes;
 
   alignas(64) int32_t labels[kBlockRows];
   bool labels_good = true;
@@ -465,7 +492,7 @@ void vector_block(const KdCall& call, const Terms& terms, const Block& block, ch
     // a last, short block is padded: a row's result does not depend on where it stands
     const int64_t count = block.count * classes, padded = kBlockRows * classes;
     const float* z = staged(call.logits, call.logits_storage, z_from, count, padded, z_stage);
-    const float* t = taught ? staged(call.teacher, call.teacher_storage, t_from, count, padded, t_stage) : nullptr;
+    const float* t = taught ? staged_teacher(call, block.row, block.count, kBlockRows, work, t_stage) : nullptr;
     const bool direct = in_place && count == padded;
     float* g = direct ? (float*)call.gradient + z_from : g_stage;
     for (int r = 0; r < kBlockRows; r += kLanes)
@@ -481,7 +508,7 @@ void vector_block(const KdCall& call, const Terms& terms, const Block& block, ch
     for (int r = 0; r < block.count; ++r) {
       const int64_t z_row = z_from + r * classes;
       const float* z = staged(call.logits, call.logits_storage, z_row, classes, classes, z_stage);
-      const float* t = taught ? staged(call.teacher, call.teacher_storage, t_from + r * classes, classes, classes, t_stage) : nullptr;
+      const float* t = taught ? staged_teacher(call, block.row + r, 1, 1, work, t_stage) : nullptr;
       float* g = in_place ? (float*)call.gradient + z_row : g_stage;
       if (in_place && classes >= kStreamingClasses)
         along_row<kind, taught, true>(terms, z, t, labels[r], g, work, r, sums);

@@ -16,6 +16,10 @@ struct KdCall {
   Storage logits_storage;
   const void* teacher;  // (rows, classes), or (teachers, rows, classes) for the mixture; null without a prior
   Storage teacher_storage;
+  const void* indices;  // null, or of a top-k teacher the classes (rows, top), int32 or, where wide_indices, int64: then
+  bool wide_indices;    // `teacher` holds their logits (rows, top)
+  const float* rest;    // (rows), the logit of each other class
+  int64_t top;
   const int64_t* labels;  // (rows), or null
   const void* soft;       // (rows, classes), or null
   Storage soft_storage;

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from bkd_fast.distill import KDLoss
+from bkd_fast.distill import KDLoss, TopKLogits
 from bkd_fast.errors import NonFiniteError
 from bkd_fast.ops.kd import PRIORS, Problem, kd_energy
 from bkd_fast.ops.reference.kd import kd_energy as reference
@@ -218,9 +218,32 @@ def test_compiles_on_the_device():
         torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("prior", ["dirichlet", "continuous_categorical", "reverse_kl"])
+@pytest.mark.parametrize("classes", [10, 1000, 32_000])
+def test_top_k_teachers(classes, prior):
+    logits, target, teacher = _batch(classes, 64)
+    for k in (1, 7, 10):
+        top = TopKLogits.of(teacher, k)
+        results = []
+        for given in (top, top.dense(classes)):
+            leaf = logits.clone().requires_grad_()
+            energy = kd_energy(
+                leaf, target, given, prior=prior, prior_strength=STRENGTH, temperature=2.0, reduction="none"
+            )
+            energy.sum().backward()
+            results.append((energy.detach(), leaf.grad))
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=4e-5)
+    top.indices[3, 2] = classes
+    loss = KDLoss(STRENGTH, prior=prior)
+    assert loss(logits, target, top).isnan()
+    with pytest.raises(ValueError, match=rf"teacher_logits.indices\[3, 2\] = {classes}: must be a class"):
+        loss.check()
+
+
 def test_inside_torch():
     logits, target, teacher = _batch(5, 9)
-    arguments = (logits, target, teacher, None, "dirichlet", False, 2.0, 1.5, 0.8, 0.1, -100, "mean")
+    arguments = (logits, target, teacher, None, None, None, "dirichlet", False, 2.0, 1.5, 0.8, 0.1, -100, "mean")
     torch.library.opcheck(torch.ops.bkd_fast.kd_energy, arguments)
     chains = torch.stack([logits, logits * 2, logits + 1])
 

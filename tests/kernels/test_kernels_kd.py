@@ -289,7 +289,8 @@ def test_the_public_path_with_odd_strides_and_offsets():
 
 def test_inside_torch():
     p = _problem(5, rows=4)
-    arguments = (p.logits[0], p.labels, p.teacher[0], None, "dirichlet", False, 2.0, 1.5, 0.8, 0.1, IGNORED, "mean")
+    settings = ("dirichlet", False, 2.0, 1.5, 0.8, 0.1, IGNORED, "mean")
+    arguments = (p.logits[0], p.labels, p.teacher[0], None, None, None, *settings)
     with use_backend("triton"):
         torch.library.opcheck(torch.ops.bkd_fast.kd_energy, arguments)
 

@@ -40,18 +40,30 @@ def arguments(storage, classes, prior, labels, probs):
     return signature, constants
 
 
+def named(signature, constants, top):
+    """Adds the arguments of a top-k teacher of `top` classes, 0 for a dense one, whose kernels do not have them."""
+    constants["TOP"] = top
+    for name, kind in (("indices", "*i32"), ("rest", "*fp32")):
+        if top:
+            signature[name] = kind
+        else:
+            constants[name] = None
+
+
 def aligned(signature):
     return tuple(name for name, kind in signature.items() if kind.startswith("*"))
 
 
-def rows(classes, storage, budget, prior="dirichlet", labels=HARD.value, probs=False, power=2, smoothed=False):
+def rows(classes, storage, budget, prior="dirichlet", labels=HARD.value, probs=False, power=2, smoothed=False, top=0):
     """The launch of `energy_and_gradient` for one teacher or none."""
     signature, constants = arguments(storage, classes, prior, labels, probs)
     signature["blocks"] = "i32"
     constants |= {"PRIOR": PRIORS[prior], "POWER": power, "SMOOTHED": smoothed}
+    named(signature, constants, top)
     widest = max(BYTES[storage], 4 if labels == SOFT.value else 0)
     plain = prior in ("none", "dirichlet") and labels != SOFT.value and power != 0 and not smoothed
     shape = kd.shape_of(classes, 8 * widest, plain)
+    constants["WIDTH"] = kd.named_width(top, *((1, kd.TILE_WARPS) if shape is None else (shape.rows, shape.warps)))
     if shape is None:
         constants["BLOCK"] = kd.TILE // 2 if storage == "fp64" else kd.TILE
         kernel, warps, each = kd.tiled, kd.TILE_WARPS, constants["BLOCK"] / (32 * kd.TILE_WARPS)
@@ -60,6 +72,7 @@ def rows(classes, storage, budget, prior="dirichlet", labels=HARD.value, probs=F
         kernel, warps, each = kd.on_chip, shape.warps, shape.rows * classes / (32 * shape.warps)
     forms = [prior, storage, f"C = {classes}", f"T = {power or 'any'}"]
     forms += ["soft labels"] * (labels == SOFT.value) + ["probabilities"] * probs + ["smoothed"] * smoothed
+    forms += [f"top {top}"] * (top > 0)
     return TritonVariant(
         ", ".join(forms), kernel, signature, constants, aligned(signature), warps,
         budget=Budget(elements=each, region="loops" if shape is None else "kernel", **budget),
@@ -80,7 +93,7 @@ def mixture(classes, storage, teachers, weighted, budget):
     return TritonVariant(name, kd.mixture, signature, constants, aligned(signature), warps, budget=budget)
 
 
-def settle(classes, storage, prior, labels, probs, budget):
+def settle(classes, storage, prior, labels, probs, budget, top=0):
     signature, constants = arguments(storage, classes, prior, labels, probs)
     signature |= {
         "weights": "*fp64",
@@ -91,12 +104,11 @@ def settle(classes, storage, prior, labels, probs, budget):
         "stamp": "i32",
     }
     signature["factor"] = "i64" if storage == "fp64" else "fp32"
+    named(signature, constants, top)
     constants |= {"TEACHERS": 3 if prior == "mixture" else 1, "PRIOR": PRIORS[prior], "WEIGHTED": prior == "mixture"}
     constants |= {"SUMMED": True, "CHUNK": kd_settle.CHUNK, "BLOCK": kd_settle.BLOCK}
-    return TritonVariant(
-        f"settle, {prior}, {storage}, C = {classes}", kd_settle.settle_rows, signature, constants, aligned(signature), 8,
-        budget=budget,
-    )  # fmt: skip
+    name = f"settle, {prior}, {storage}, C = {classes}" + f", top {top}" * (top > 0)
+    return TritonVariant(name, kd_settle.settle_rows, signature, constants, aligned(signature), 8, budget=budget)
 
 
 def multiply(storage):
@@ -120,6 +132,16 @@ HOT = [
     (50257, (208, 52), (208, 57)),  # rows at odd addresses: 4-byte and 2-byte accesses
     (131072, (168, 37), (168, 42.5)),
 ]
+# a top-k teacher's classes, storage of the logits, k, registers and instructions, for which 8 and 4 bytes leave 79 and 39
+TOP_K = [
+    (10, "fp32", 3, 64, 141),
+    (100, "fp32", 8, 72, 69.5),
+    (1000, "fp32", 32, 72, 34),
+    (1000, "bf16", 32, 72, 36.5),
+    (16384, "fp32", 64, 80, 40),
+    (32000, "fp32", 64, 128, 26.5),
+    (32000, "bf16", 32, 128, 29.5),
+]
 VARIANTS = [
     *(
         rows(classes, storage, {"registers": registers, "instructions": instructions})
@@ -136,12 +158,19 @@ VARIANTS = [
     rows(8192, "fp32", {"registers": 128}, power=0, smoothed=True),
     rows(32000, "bf16", {"registers": 255}, "continuous_categorical", power=0, smoothed=True),
     rows(1000, "fp16", {"registers": 128}, "none", power=1),
+    *(
+        rows(classes, storage, {"registers": registers, "instructions": instructions}, top=top)
+        for classes, storage, top, registers, instructions in TOP_K
+    ),
+    rows(8192, "fp32", {"registers": 255}, "reverse_kl", SOFT.value, False, 0, True, top=1000),
+    rows(32000, "fp64", {"registers": 255}, "continuous_categorical", top=32),
     mixture(10, "fp32", 3, True, Budget(255)),
     mixture(1000, "bf16", 3, False, Budget(255)),
     mixture(32000, "fp64", 4, True, Budget(255)),
     settle(1000, "fp32", "dirichlet", HARD.value, False, Budget(64)),
     settle(10, "bf16", "mixture", SOFT.value, True, Budget(72)),
     settle(32000, "fp64", "reverse_kl", SOFT.value, True, Budget(96)),
+    settle(1000, "fp32", "dirichlet", HARD.value, False, Budget(96), top=32),
     multiply("fp32"),
     multiply("bf16"),
 ]

@@ -378,7 +378,7 @@ def test_nothing_is_written_outside_the_outputs(isa, classes, storage):
         gradient = torch.full((rows * classes + 64,), sentinel, dtype=dtype)
         energy = torch.full((rows + 8,), sentinel, dtype=accumulator)
         native.kd_energy(
-            logits.data_ptr(), storage, teacher.data_ptr(), storage, target.data_ptr(), 0, "", 0, False,
+            logits.data_ptr(), storage, teacher.data_ptr(), storage, 0, False, 0, 0, target.data_ptr(), 0, "", 0, False,
             gradient[offset:].data_ptr(), energy[4:].data_ptr(), 1, rows, classes, 1, "dirichlet", False, STRENGTH, 2.0,
             WEIGHT, 0.0, 1e-3, 1e-3, 1.0, -100, 2,
         )  # fmt: skip

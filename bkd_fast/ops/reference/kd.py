@@ -3,11 +3,14 @@
 `energy_of` is differentiable, so that autograd can judge the closed forms, here and in every other backend.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from bkd_fast.ops.kd import Problem
 from bkd_fast.ops.registry import implements
+from bkd_fast.ops.topk import TopKLogits
 
 INFINITY = float("inf")
 
@@ -109,6 +112,20 @@ def _gradient_of(p: Problem, logits: Tensor) -> Tensor:
     return gradient + factor * q * (slope - (q * slope).sum(-1, keepdim=True))
 
 
+def _dense(p: Problem) -> Problem:
+    """The same with a teacher of all classes."""
+    if p.teacher is None or p.indices is None or p.rest is None:
+        return p
+    classes = p.logits.shape[-1]
+    indices = torch.where(_outside(p.indices, classes), 0, p.indices)
+    teacher = TopKLogits(p.teacher[0], indices, p.rest).dense(classes)
+    return replace(p, teacher=teacher[None], indices=None, rest=None)
+
+
+def _outside(indices: Tensor, classes: int) -> Tensor:
+    return (indices < 0) | (indices >= classes)
+
+
 def _faults(p: Problem) -> list[tuple[str, Tensor]]:
     """Every fault with the rows (chains, rows) that have it, in the order in which they are looked for."""
     chains, rows, classes = p.logits.shape
@@ -124,7 +141,12 @@ def _faults(p: Problem) -> list[tuple[str, Tensor]]:
     masked = p.logits == -INFINITY
     if p.labels is not None:
         ignored = p.labels == p.ignore_index
-        look("target_out_of_range", ((p.labels < 0) | (p.labels >= classes)) & ~ignored)
+        look("target_out_of_range", _outside(p.labels, classes) & ~ignored)
+    if p.indices is not None:
+        look("teacher_index_out_of_range", _outside(p.indices, classes).any(-1))
+        ordered = p.indices.sort(-1).values
+        look("teacher_index_repeated", (ordered[:, 1:] == ordered[:, :-1]).any(-1))
+        p = _dense(p)
     look("logits_not_finite", (p.logits.isnan() | (p.logits == INFINITY)).any(-1))
     look("logits_all_masked", masked.all(-1))
     if p.teacher is not None:
@@ -159,7 +181,7 @@ def kd_energy(p: Problem) -> tuple[Tensor | float, Tensor, int, str]:
         bad_row = int(bad.int().argmax())
         fault = next(name for name, rows in faults if rows.flatten()[bad_row])
         return 0.0, torch.empty_like(p.logits), bad_row, fault
-    logits = p.logits.double()
+    p, logits = _dense(p), p.logits.double()
     energy = energy_of(p, logits)
     gradient = (p.scale * _gradient_of(p, logits)).to(p.logits.dtype)
     return p.total_factor * float(energy.sum()) if p.summed else energy.to(p.accumulator), gradient, bad_row, fault

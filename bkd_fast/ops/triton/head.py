@@ -17,7 +17,7 @@ def head_step_(s: HeadStep) -> tuple[Tensor, Tensor]:
     target = None if s.target is None else s.target.contiguous()
     teacher = None if s.teacher is None else s.teacher.contiguous()
     register = register_of(x.device)
-    stamp = register.begin(Form(), Inputs(logits, s.target, s.teacher, None, s.ignore_index))
+    stamp = register.begin(Form(), Inputs(logits, s.target, s.teacher, ignore_index=s.ignore_index))
     with torch.cuda.device_of(x):
         energy, nonfinite = head.head_step_(
             logits, s.weight, s.bias, x, target, teacher, register.word, stamp,

@@ -14,9 +14,9 @@ def kd_energy(p: Problem) -> tuple[Tensor, Tensor, int, str]:
     """See `bkd_fast.ops.kd.Problem`. Where there is no register (Triton's interpreter, on a CPU) the fault is returned."""
     register = torch.zeros(1, dtype=torch.int64, device=p.logits.device) if p.register is None else p.register
     energy, gradient = kd.energy_and_gradient(
-        p.logits, p.teacher, p.labels, p.soft, p.weights, prior=p.prior, teacher_is_probs=p.teacher_is_probs,
-        prior_strength=p.prior_strength, temperature=p.temperature, label_weight=p.label_weight,
-        label_smoothing=p.label_smoothing, ignore_index=p.ignore_index, scale=p.scale,
+        p.logits, p.teacher, p.indices, p.rest, p.labels, p.soft, p.weights, prior=p.prior,
+        teacher_is_probs=p.teacher_is_probs, prior_strength=p.prior_strength, temperature=p.temperature,
+        label_weight=p.label_weight, label_smoothing=p.label_smoothing, ignore_index=p.ignore_index, scale=p.scale,
         tolerance_teacher=p.tolerance_teacher, tolerance_target=p.tolerance_target,
         total_factor=p.total_factor if p.summed else None, register=register, stamp=p.stamp,
     )  # fmt: skip
