@@ -17,7 +17,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "venv is missing (Debian: apt install python3-venv)"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11 cmake ninja wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" BKD_FAST_SKIP_CMAKE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation -c constraints.txt -e '.[app,export,test,lint,gpu]'
+		--no-build-isolation -c constraints.txt -e '.[app,images,export,test,lint,gpu]'
 	@touch $@
 
 # the compiled kernels, again whenever a source changed

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from bkd_fast.energy import BatchEnergy, BatchNorm, batch_norms, metric_of, noise_share_of, temperature_of
 from bkd_fast.errors import warn
 from bkd_fast.samplers.sampler import Sampler
-from bkd_fast.samplers.settings import is_zero
+from bkd_fast.samplers.settings import is_cold, is_zero
 from bkd_fast.sharding import agreed, local, sum_of_parts, whole
 from bkd_fast.stacked import StackedModule
 
@@ -506,6 +506,8 @@ def _names_that_differ(student: nn.Module, sampler: Sampler, batch_norm: BatchNo
 
 def _warn_of_other_targets(student: nn.Module, sampler: Sampler, loader: Iterable[Any], batch_norm: BatchNorm) -> None:
     """What silently makes the chain's target another distribution than the stated posterior."""
+    if all(is_cold(group) for group in sampler.param_groups):  # it optimises
+        return
     reasons = []
     dropout = [name for name, m in student.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
     if dropout:

@@ -155,3 +155,6 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)  # as FSDP2 has it by itself
             part.reshard()
+        # or the next backward pass prefetches in the order of these forward passes, of which others may have made more or fewer
+        for root in parts[:1] if model in parts else parts:
+            root.reset_iter_state()

@@ -1,6 +1,6 @@
 """The command line: `bkd-fast run`, `bkd-fast demo` and `bkd-fast doctor`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 import bkd_fast
-from bkd_fast.app.config import Config, ConfigError
+from bkd_fast.app.config import Config, ConfigError, read
 from bkd_fast.app.data import DataUnavailableError
 
 if TYPE_CHECKING:
     from bkd_fast.app.results import Results
+    from bkd_fast.app.scale.config import ScaleConfig
 
 app = typer.Typer(
     name="bkd-fast",
@@ -48,9 +49,15 @@ def options(
 def run_command(
     config: Annotated[Path, typer.Argument(help="A YAML file; examples/ has some.", show_default=False)],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check paths, memory and time per step (kind: images), and run nothing.")
+    ] = False,
 ) -> None:
-    """Run a configuration: teacher, distilled student, posterior, report."""
-    _run_and_summarise(lambda: Config.load(config, overrides or []))
+    """Run a configuration: teacher, distilled student, posterior, report. Under torchrun, on all of its processes."""
+    if dry_run:
+        _dry_run(config, overrides or [])
+        return
+    _run_and_summarise(lambda: load(config, overrides or []))
 
 
 @app.command()
@@ -81,7 +88,42 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _run_and_summarise(load: Callable[[], Config]) -> None:
+def load(path: Path, overrides: Sequence[str]) -> "Config | ScaleConfig":
+    """The configuration of a file, of the kind that it says.
+
+    Raises:
+        ConfigError: as `Config.load`.
+    """
+    if read(path).get("kind") == "images":
+        from bkd_fast.app.scale.config import ScaleConfig
+
+        return ScaleConfig.load(path, overrides)
+    return Config.load(path, overrides)
+
+
+def _dry_run(path: Path, overrides: Sequence[str]) -> None:
+    console = Console()
+    try:
+        config = load(path, overrides)
+        if isinstance(config, Config):
+            raise ConfigError(f"{path}: --dry-run is for kind: images")
+        from bkd_fast.app.scale.dry_run import examine
+
+        rows, problems = examine(config)
+    except (ConfigError, DataUnavailableError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for problem in problems:
+        typer.echo(f"Problem: {problem}", err=True)
+    if problems:
+        raise typer.Exit(2)
+
+
+def _run_and_summarise(load: "Callable[[], Config | ScaleConfig]") -> None:
     """Load the configuration, run it and print the table; what a user can mend ends with exit code 2."""
     console = Console()
     try:
@@ -89,7 +131,12 @@ def _run_and_summarise(load: Callable[[], Config]) -> None:
         # heavy imports: only once there is something to run
         from bkd_fast.app.run import Outputs, run
 
-        results = run(config, console)
+        if isinstance(config, Config):
+            results: Results | None = run(config, console)
+        else:
+            from bkd_fast.app.scale.run import run as run_on_images
+
+            results = run_on_images(config, console)
     except (ConfigError, DataUnavailableError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -98,9 +145,13 @@ def _run_and_summarise(load: Callable[[], Config]) -> None:
             f"Error: {error}\nThe training or the chain diverged: lower sampling.lr or the lr of the model.", err=True
         )
         raise typer.Exit(1) from error
+    if results is None:  # on the first process
+        return
     _summarise(results, console)
     outputs = Outputs(config.output)
     for path in (outputs.report, outputs.metrics, outputs.figures, outputs.draws, outputs.log):
+        if not path.exists():  # one file for each chain
+            continue
         console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 

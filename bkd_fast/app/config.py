@@ -92,6 +92,11 @@ class Training(Section):
     lr: float = Field(default=3e-3, gt=0, description="AdamW's initial learning rate, per step")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, per unit of lr")
 
+    @property
+    def optimizer(self) -> str:
+        """What the report calls it."""
+        return "AdamW"
+
 
 class Teacher(Training):
     """The teacher: its network and its training on the labels."""
@@ -144,7 +149,31 @@ class Posterior(Section):
     keep: int = Field(default=32, ge=2, description="parameter draws in draws.safetensors, for inputs that come later")
 
 
-class Config(Section):
+class Root(Section):
+    """A whole configuration, from a file."""
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply overrides such as `sampling.num_draws=10`.
+
+        Raises:
+            ConfigError: the file cannot be read, is no mapping, or a key or value in it or in `overrides` is wrong.
+        """
+        return cls.build(read(path), overrides, source=str(path))
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "configuration") -> Self:
+        """Check `values` (a nested mapping) with `overrides` applied; raises ConfigError as `load` does."""
+        nested = _deep_copy(values)
+        for override in overrides:
+            _apply(nested, override)
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(f"{source}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
+
+
+class Config(Root):
     """One run, from teacher to report."""
 
     title: str = Field(
@@ -166,35 +195,24 @@ class Config(Section):
     sampling: Sampling = Sampling()
     posterior: Posterior = Posterior()
 
-    @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file and apply overrides such as `sampling.num_draws=10`.
 
-        Raises:
-            ConfigError: the file cannot be read, is no mapping, or a key or value in it or in `overrides` is wrong.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        try:
-            values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: is not YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: holds a {type(values).__name__}; a configuration maps keys to values")
-        return cls.build(values, overrides, source=str(path))
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
 
-    @classmethod
-    def build(cls, values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "configuration") -> Self:
-        """Check `values` (a nested mapping) with `overrides` applied; raises ConfigError as `load` does."""
-        nested = _deep_copy(values)
-        for override in overrides:
-            _apply(nested, override)
-        try:
-            return cls.model_validate(nested)
-        except ValidationError as error:
-            raise ConfigError(f"{source}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
+    Raises:
+        ConfigError: the file cannot be read, or is no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}; a configuration maps keys to values")
+    return values
 
 
 def _deep_copy(values: Any) -> Any:

@@ -6,11 +6,13 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from torch import Tensor
 
 from bkd_fast.app.results import Results
 from bkd_fast.app.scores import Prediction, errors, reliability, selective
@@ -52,8 +54,11 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 160,
 }
 
+CLASSES_SHOWN = 10  # of an image, beside it
+LONGEST_NAME = 16  # characters of a class name
 # images shown at either end of the ranking by mean deviance
 SHOWN = 4
+SHOWN_BESIDE_LONG_NAMES = 3
 
 
 def draw_all(results: Results, folder: Path) -> dict[str, Path]:
@@ -77,7 +82,8 @@ def draw_all(results: Results, folder: Path) -> dict[str, Path]:
 def intervals(results: Results) -> Figure:
     """Class probabilities with their credible intervals for the most and the least certain images."""
     order = results.bkd.uncertainty.argsort(stable=True)
-    shown = min(SHOWN, len(order) // 2)
+    long_names = _have_long_names(results)
+    shown = min(SHOWN_BESIDE_LONG_NAMES if long_names else SHOWN, len(order) // 2)
     rows = {"Most certain": order[:shown], "Least certain": order.flip(0)[:shown]}
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 1)
@@ -85,7 +91,7 @@ def intervals(results: Results) -> Figure:
     _interval_legend(bands[0], results.config.posterior.level)
     for band, (title, images) in zip(bands, rows.items(), strict=True):
         band.suptitle(title, x=0.008, ha="left", fontsize=10, fontweight="bold")
-        axes = band.subplots(1, 2 * shown, width_ratios=[0.62, 1] * shown, squeeze=False)[0]
+        axes = band.subplots(1, 2 * shown, width_ratios=[0.8 if long_names else 0.62, 1] * shown, squeeze=False)[0]
         for place, image in enumerate(images.tolist()):
             _show_image(axes[2 * place], results, image)
             _show_classes(axes[2 * place + 1], results, image, last_row=title == "Least certain")
@@ -103,39 +109,65 @@ def _interval_legend(band: SubFigure, level: float) -> None:
     band.legend(handles=entries, loc="upper right", ncols=len(entries), borderaxespad=0.1)
 
 
+def _classes_shown(means: Tensor, label: int) -> Tensor:
+    """All classes in their order; of many the most probable ones and the label, by their probability."""
+    if len(means) <= CLASSES_SHOWN:
+        return torch.arange(len(means))
+    top = means.topk(CLASSES_SHOWN).indices
+    return top if label in top else torch.cat([top[:-1], torch.tensor([label])])
+
+
+def _have_long_names(results: Results) -> bool:
+    return max(map(len, results.images.class_names)) > 3
+
+
+def shortened(name: str) -> str:
+    """A class name that fits beside an axis: what stands before the first comma, and not too much of it."""
+    name = name.partition("\t")[2] or name
+    return name.partition(",")[0][:LONGEST_NAME]
+
+
 def _show_image(axes: Axes, results: Results, image: int) -> None:
     axes.imshow(results.images.test_picture(image).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color="#cccccc")
     names = results.images.class_names
-    label = names[int(results.images.test_y[image])]
-    guess = names[int(results.bkd.probs[image].argmax())]
-    verdict = "right" if label == guess else f"BKD says {guess}"
+    label = shortened(names[int(results.images.test_y[image])])
+    guess = shortened(names[int(results.bkd.probs[image].argmax())])
+    space = "\n" if _have_long_names(results) else " "
+    verdict = "right" if label == guess else f"BKD says{space}{guess}"
     deviance = float(results.bkd.uncertainty[image])
     shown = f"{deviance:.2f}" if deviance >= 0.005 else "< 0.005"
-    axes.set_xlabel(f"label {label}\n{verdict}\ndeviance\n{shown}", fontsize=8, linespacing=1.5)
+    axes.set_xlabel(f"label{space}{label}\n{verdict}\ndeviance\n{shown}", fontsize=8, linespacing=1.5)
 
 
 def _show_classes(axes: Axes, results: Results, image: int, *, last_row: bool) -> None:
-    classes = np.arange(results.images.num_classes)
-    label = int(results.images.test_y[image])
-    axes.axhspan(label - 0.5, label + 0.5, color=LABEL_BAND, zorder=0)
+    label, means = int(results.images.test_y[image]), results.bkd.probs[image]
+    shown = _classes_shown(means, label)
+    places = np.arange(len(shown))
+    band = int((shown == label).nonzero())
+    axes.axhspan(band - 0.5, band + 0.5, color=LABEL_BAND, zorder=0)
     axes.hlines(
-        classes,
-        results.lower[image].numpy(),
-        results.upper[image].numpy(),
+        places,
+        results.lower[image, shown].numpy(),
+        results.upper[image, shown].numpy(),
         color=COLOURS["bkd"],
         linewidth=3.2,
         alpha=0.45,
     )
-    axes.plot(results.bkd.probs[image].numpy(), classes, MARKERS["bkd"], color=COLOURS["bkd"], markersize=3.6)
+    axes.plot(means[shown].numpy(), places, MARKERS["bkd"], color=COLOURS["bkd"], markersize=3.6)
     axes.plot(
-        results.kd.probs[image].numpy(), classes, MARKERS["kd"], color=COLOURS["kd"], markersize=4.2, fillstyle="none"
+        results.kd.probs[image, shown].numpy(),
+        places,
+        MARKERS["kd"],
+        color=COLOURS["kd"],
+        markersize=4.2,
+        fillstyle="none",
     )
-    axes.set(xlim=(-0.04, 1.04), xticks=[0, 0.5, 1], ylim=(len(classes) - 0.4, -0.6), yticks=classes)
+    axes.set(xlim=(-0.04, 1.04), xticks=[0, 0.5, 1], ylim=(len(shown) - 0.4, -0.6), yticks=places)
     axes.set_xticklabels(["0", ".5", "1"])
-    axes.set_yticklabels(results.images.class_names, fontsize=7.5)
+    axes.set_yticklabels([shortened(results.images.class_names[int(k)]) for k in shown], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     if last_row:
         axes.set_xlabel("probability")

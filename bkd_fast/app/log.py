@@ -8,14 +8,18 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from bkd_fast.sampling import Callback, Draw, Health, StepRecord
+from bkd_fast.sampling import Callback, Draw, Health, Run, StepRecord
 
 
 class Log:
-    """Appends events to a file as they happen, so that a run that stops leaves what it did."""
+    """Appends events to a file as they happen, so that a run that stops leaves what it did.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    append: keep what an earlier run wrote, which this one goes on with.
+    """
+
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        self.path = path
+        self._file = path.open("a" if append else "w", encoding="utf-8")
         self._start = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -37,14 +41,19 @@ class Log:
 
 
 class ChainLog(Callback):
-    """Follows the chain: the mean energy of every `every` steps goes to the log and stays for the trace."""
+    """Follows a chain: the mean energy of every `every` steps goes to the log and stays for the trace.
 
-    def __init__(self, log: Log, every: int) -> None:
+    part: what the log calls the chain; a run that goes on with an earlier one finds the trace so far under it.
+    """
+
+    def __init__(self, log: Log, every: int, part: str = "chain") -> None:
+        self.part = part
         self.steps: list[int] = []
         self.phases: list[str] = []
         self.energies: list[float] = []
         self.noise_share: list[float] = []
         self.stationarity: list[float] = []
+        self.taken = self.drawn = 0  # steps and draws, of this run alone where it went on with another
         self._log = log
         self._every = every
         self._phase = ""
@@ -52,7 +61,16 @@ class ChainLog(Callback):
         self._count = 0
         self._last_step = 0
 
+    def on_start(self, run: Run) -> None:
+        if not run.steps:
+            return
+        for line in self._log.path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event["event"] == "steps" and event["part"] == self.part and event["last_step"] <= run.steps:
+                self._remember(event["last_step"], event["phase"], event["energy"])
+
     def on_step(self, record: StepRecord) -> None:
+        self.taken += 1
         if record.phase != self._phase:
             self._write()
             self._phase = record.phase
@@ -63,6 +81,7 @@ class ChainLog(Callback):
             self._write()
 
     def on_draw(self, draw: Draw) -> None:
+        self.drawn += 1
         self._log.write("draw", index=draw.index, step=draw.step, chain=draw.chain)
 
     def on_end(self, health: Health) -> None:
@@ -76,8 +95,15 @@ class ChainLog(Callback):
         if self._sum is None:
             return
         energy = float(self._sum) / self._count
-        self._log.write("steps", phase=self._phase, last_step=self._last_step, count=self._count, energy=energy)
-        self.steps.append(self._last_step)
-        self.phases.append(self._phase)
-        self.energies.append(energy)
+        self._log.write(
+            "steps", part=self.part, phase=self._phase, last_step=self._last_step, count=self._count, energy=energy
+        )
+        self._remember(self._last_step, self._phase, energy)
         self._sum, self._count = None, 0
+
+    def _remember(self, step: int, phase: str, energy: float) -> None:
+        if self.steps and step <= self.steps[-1]:  # interrupted runs may have written it twice
+            return
+        self.steps.append(step)
+        self.phases.append(phase)
+        self.energies.append(energy)

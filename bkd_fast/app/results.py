@@ -9,19 +9,32 @@ from torch import Tensor
 
 from bkd_fast.app.config import Config
 from bkd_fast.app.data import Images
+from bkd_fast.app.log import ChainLog
+from bkd_fast.app.scale.config import ScaleConfig
+from bkd_fast.app.scale.images import Pictures
 from bkd_fast.app.scores import Difference, Prediction, Scores, compare, score
 from bkd_fast.posterior import Diagnostics
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Mean energies of stretches of steps (nats per image), and the chain's two figures of health, one per group."""
+    """Mean energies of stretches of steps (nats per image), and the chain's two figures of health, one per group.
+
+    taken, drawn: steps and draws, those of an interrupted run before not included.
+    """
 
     steps: list[int]
     phases: list[str]
     energies: list[float]
     noise_share: list[float]
     stationarity: list[float]
+    taken: int
+    drawn: int
+
+    @classmethod
+    def of(cls, log: ChainLog) -> Self:
+        """What the log has gathered."""
+        return cls(log.steps, log.phases, log.energies, log.noise_share, log.stationarity, log.taken, log.drawn)
 
 
 @dataclass(frozen=True)
@@ -83,8 +96,8 @@ class Results:
     machine: what it ran on: versions, threads, instruction set.
     """
 
-    config: Config
-    images: Images
+    config: Config | ScaleConfig
+    images: Images | Pictures
     architectures: dict[str, str]
     teacher: Prediction
     kd: Prediction
@@ -126,13 +139,12 @@ class Results:
     @property
     def throughput(self) -> dict[str, float]:
         """Steps and training images per second; predictive cells (image x class) per second and draw."""
-        steps = self.sampling_steps / self.timings.sampling
         batch = min(self.config.sampling.batch_size, len(self.images.train_y))
-        cells = self.bkd.probs.numel() * self.config.sampling.num_draws
+        steps = _rate(self.trace.taken, self.timings.sampling)
         return {
             "steps_per_second": steps,
             "training_images_per_second": steps * batch,
-            "predictive_cells_per_second": cells / self.timings.predictive,
+            "predictive_cells_per_second": _rate(self.bkd.probs.numel() * self.trace.drawn, self.timings.predictive),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -171,3 +183,8 @@ class Results:
             "machine": self.machine,
             "config": self.config.model_dump(mode="json"),
         }
+
+
+def _rate(count: int, seconds: float) -> float:
+    """0 where nothing was left to do."""
+    return count / seconds if count else 0.0

@@ -129,8 +129,8 @@ def _work(config: Config, images: data.Images, outputs: Outputs, log: Log, conso
         upper=upper,
         mutual_information=posterior.mutual_information,
         convergence=Convergence.of(posterior.diagnostics()),
-        coverage=_coverage(posterior, images.test_y, sorted({*COVERAGE_LEVELS, config.posterior.level})),
-        trace=Trace(chain.steps, chain.phases, chain.energies, chain.noise_share, chain.stationarity),
+        coverage=coverage(posterior, images.test_y, sorted({*COVERAGE_LEVELS, config.posterior.level})),
+        trace=Trace.of(chain),
         timings=Timings(teacher_seconds, student_seconds, sampling_seconds, predictive_seconds, log.seconds),
         teacher_reused=teacher.reused,
         machine=versions(),
@@ -205,7 +205,7 @@ def _sample(
     return posterior, end - begin - predictive_seconds, predictive_seconds
 
 
-def _coverage(posterior: bkd.PosteriorPredictive, labels: Tensor, levels: list[float]) -> list[Coverage]:
+def coverage(posterior: bkd.PosteriorPredictive, labels: Tensor, levels: list[float]) -> list[Coverage]:
     """Both readings of the deviance intervals' coverage at each level."""
     own = torch.stack(
         [

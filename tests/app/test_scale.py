@@ -1,0 +1,297 @@
+"""Runs on images: data, networks, the run itself with every kind of teacher, alone and on several processes."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import in_processes
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bkd_fast import BKDFastWarning
+from bkd_fast.app.cli import app
+from bkd_fast.app.config import ConfigError
+from bkd_fast.app.data import DataUnavailableError
+from bkd_fast.app.scale import images, networks
+from bkd_fast.app.scale.config import ImageFiles, Runtime, ScaleConfig
+from bkd_fast.app.scale.dry_run import examine
+from bkd_fast.app.scale.images import UndecodableImageError
+from bkd_fast.app.scale.run import run
+
+CLASSES, TRAIN, TEST, SIZE = 3, 8, 3, 32  # images of each class; pixels
+
+
+def picture(generator: np.random.Generator, label: int) -> Image.Image:
+    pixels = generator.integers(0, 120, (40, 44, 3))
+    pixels[..., label] += 120
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """train/ and test/ with a folder a class, and the same as archives."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", TRAIN), ("test", TEST)):
+        blobs, labels = [], []
+        for label in range(CLASSES):
+            (root / part / f"n{label}").mkdir(parents=True)
+            for i in range(count):
+                file = root / part / f"n{label}" / f"{i}.jpeg"
+                picture(generator, label).save(file, quality=95)
+                blobs.append(file.read_bytes())
+                labels.append(label)
+        offsets = np.cumsum([0, *map(len, blobs)])
+        blob = np.frombuffer(b"".join(blobs), np.uint8)
+        np.savez(root / f"{part}.npz", blob=blob, offsets=offsets, labels=np.array(labels))
+    return root
+
+
+def files(folder: Path, **settings) -> ImageFiles:
+    return ImageFiles(train=folder / "train", test=folder / "test", size=SIZE, resize=36, workers=0, **settings)
+
+
+def config(folder: Path, output: Path, *overrides: str) -> ScaleConfig:
+    training = {"epochs": 2, "batch_size": 8, "lr": 0.05}
+    network = {"model": "timm:test_resnet", "training": training}
+    values = {
+        "output": str(output),
+        "data": files(folder).model_dump(mode="json"),
+        "teacher": network,
+        "student": network,
+        "sampling": {
+            "lr": 0.001,
+            "batch_size": 8,
+            "warm_start": 2,
+            "burn_in": 3,
+            "thin": 2,
+            "num_draws": 4,
+            "log_every": 2,
+        },
+        "posterior": {"keep": 2},
+        "checkpoints": {"every": 4},
+    }
+    return ScaleConfig.build(values, overrides)
+
+
+# ---- images ----
+
+
+def test_a_folder_and_an_archive_are_the_same_images(folder) -> None:
+    ours = images.load(files(folder), 0)
+    theirs = images.load(ImageFiles(train=folder / "train.npz", test=folder / "test.npz", size=SIZE, resize=36), 0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.labels, b.labels) and len(a) == len(b) and a.labels.bincount().unique().numel() == 1
+        assert torch.equal(a[5][0], b[5][0]) and a[5][0].shape == (3, SIZE, SIZE)
+    assert ours[0].source.class_names == ("n0", "n1", "n2")
+
+
+def test_a_view_is_what_seed_image_and_number_make_it(folder) -> None:
+    train, _ = images.load(files(folder), 3)
+    before = torch.get_rng_state()
+    view = train[5, 2][0]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(train[5, 2][0], view) and torch.equal(images.load(files(folder), 3)[0][5, 2][0], view)
+    for other in (train[5, 3][0], train[6, 2][0], images.load(files(folder), 4)[0][5, 2][0], train[5][0]):
+        assert not torch.equal(other, view)
+
+
+def broken(folder: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    root = tmp_path / "broken"
+    shutil.copytree(folder, root)
+    (root / "train" / "n1" / "3.jpeg").write_bytes(b"no image")
+    data = (root / "train" / "n2" / "0.jpeg").read_bytes()
+    (root / "train" / "n2" / "0.jpeg").write_bytes(data[: len(data) // 2])
+    return root
+
+
+def test_images_that_cannot_be_decoded_are_named(folder, tmp_path) -> None:
+    root = broken(folder, tmp_path)
+    train, _ = images.load(files(root), 0)
+    for index, name in ((TRAIN + 3, "n1/3.jpeg"), (2 * TRAIN, "n2/0.jpeg")):
+        with pytest.raises(UndecodableImageError, match=f"{name} cannot be decoded .*data.undecodable=exclude"):
+            train[index]
+    with pytest.warns(BKDFastWarning, match=r"2 images cannot be decoded and are left out: .*n1/3.jpeg, .*n2/0.jpeg\."):
+        train, test = images.load(files(root, undecodable="exclude"), 0)
+    assert len(train) == CLASSES * TRAIN - 2 and len(test) == CLASSES * TEST
+    assert all(train[i][0].isfinite().all() for i in range(len(train)))
+
+
+def test_images_that_are_not_there(folder, tmp_path) -> None:
+    with pytest.raises(DataUnavailableError, match="nowhere"):
+        images.load(ImageFiles(train=folder / "nowhere", test=folder / "test"), 0)
+    with pytest.raises(DataUnavailableError, match=r"nowhere.npz: is no .npz file"):
+        images.load(ImageFiles(train=folder / "nowhere.npz", test=folder / "test"), 0)
+    (tmp_path / "one").mkdir()
+    buffer = io.BytesIO()
+    picture(np.random.default_rng(0), 0).save(buffer, "jpeg")
+    (tmp_path / "one" / "a.jpeg").write_bytes(buffer.getvalue())
+    with pytest.raises(DataUnavailableError, match="has 3 classes and .* 1: must be the same"):
+        images.load(ImageFiles(train=folder / "train", test=tmp_path), 0)
+    with pytest.raises(ConfigError, match="data.train_size = 99: must be at most 24"):
+        images.load(files(folder, train_size=99), 0)
+
+
+# ---- networks ----
+
+
+def test_names_that_no_library_knows() -> None:
+    with pytest.raises(ConfigError, match="torchvision:resnet81: must be a model of torchvision, such as resnet18"):
+        networks.build("torchvision:resnet81", 3, 0)
+    with pytest.raises(ConfigError, match="timm:test_resnett: must be a model of timm, such as test_resnet"):
+        networks.build("timm:test_resnett", 3, 0)
+
+
+def test_a_network_is_its_name_and_seed(tmp_path) -> None:
+    before = torch.get_rng_state()
+    first, second = (networks.build("timm:test_resnet", 5, 1) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+    from safetensors.torch import save_file
+
+    save_file(first.state_dict(), tmp_path / "w.safetensors")
+    networks.load_weights(networks.build("timm:test_resnet", 5, 2), tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=r"w.safetensors: are of another network"):
+        networks.load_weights(networks.build("timm:test_resnet", 6, 2), tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=r"nothing.safetensors: cannot be read"):
+        networks.load_weights(first, tmp_path / "nothing.safetensors")
+
+
+def test_half_precision_and_another_memory_format_change_little() -> None:
+    x = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    plain, other = (
+        networks.prepared(networks.build("timm:test_resnet", 5, 1), runtime, torch.device("cpu")).eval()(x)
+        for runtime in (Runtime(device="cpu"), Runtime(device="cpu", bf16=True, channels_last=True))
+    )
+    assert other.dtype == torch.float32 and not torch.equal(plain, other)
+    torch.testing.assert_close(other, plain, rtol=0.05, atol=0.05)
+
+
+# ---- the run ----
+
+
+def metrics(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "out"
+    run(config(folder, output), Console(quiet=True))
+    return output
+
+
+def test_a_run_ends_with_figures_and_report(done) -> None:
+    found = metrics(done)
+    assert found["data"] == {"name": "train", "train_images": 24, "test_images": 9, "classes": 3}
+    assert set(found["models"]) == {"teacher", "kd", "bkd"} and found["teacher_reused"] is False
+    assert "<h1>Bayesian knowledge distillation</h1>" in (done / "report.html").read_text()
+    assert len(list((done / "figures").glob("*.png"))) == 5
+    events = [json.loads(line) for line in (done / "log.jsonl").read_text().splitlines()]
+    assert {event["part"] for event in events if event["event"] == "steps"} == {"teacher", "student", "chain"}
+    card = json.loads((done / "draws-0.json").read_text())
+    assert card["draws"]
+
+
+def test_it_goes_on_for_more_draws_and_repeats_nothing(done, folder) -> None:
+    before, weights = metrics(done), (done / "student.safetensors").read_bytes()
+    run(config(folder, done, "sampling.num_draws=6"), Console(quiet=True))
+    after = metrics(done)
+    assert after["teacher_reused"] and (done / "student.safetensors").read_bytes() == weights
+    for name in ("teacher", "kd"):
+        assert after["models"][name] == before["models"][name]
+    assert after["models"]["bkd"] != before["models"]["bkd"]
+    with pytest.raises(ConfigError, match=r"holds a run with student.training.lr = 0.05, which is 0.1 here"):
+        run(config(folder, done, "student.training.lr=0.1"), Console(quiet=True))
+
+
+@pytest.mark.parametrize("mode", [("clean", "teacher.top_k=2"), ("views", "teacher.views=2")])
+def test_a_cached_teacher_is_written_once(folder, tmp_path, mode, monkeypatch) -> None:
+    settings = config(folder, tmp_path / "out", f"teacher.mode={mode[0]}", mode[1], "sampling.num_draws=2")
+    run(settings, Console(quiet=True))
+    rows = (tmp_path / "out" / "teacher-logits" / "rows.bin").read_bytes()
+    monkeypatch.setattr("bkd_fast.record_teacher", lambda *a, **k: [None for _ in a[1]])  # nothing is left to record
+    run(settings, Console(quiet=True))
+    assert (tmp_path / "out" / "teacher-logits" / "rows.bin").read_bytes() == rows
+
+
+def on_processes(folder: Path, output: Path, overrides: tuple[str, ...]) -> None:
+    import torch.distributed as dist
+
+    os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(dist.get_world_size()), str(dist.get_rank())
+    results = run(config(folder, output, *overrides), Console(quiet=True))
+    assert (results is None) == (dist.get_rank() > 0)
+    if results is not None:
+        assert results.bkd.probs.shape == (9, 3) and bool(results.lower.isfinite().all())
+        torch.save(results.bkd.probs, output / "probs.pt")
+
+
+def test_chains_share_a_run(folder, tmp_path) -> None:
+    output, overrides = tmp_path / "out", ("processes.chains=2", "sampling.num_draws=3")
+    in_processes(2, on_processes, tmp_path, folder, output, overrides)
+    assert sorted(path.name for path in output.glob("draws-*.safetensors")) == [
+        f"draws-{k}.safetensors" for k in range(2)
+    ]
+    probs = torch.load(output / "probs.pt")
+    in_processes(2, on_processes, tmp_path, folder, output, overrides)  # with nothing left to do
+    assert torch.equal(torch.load(output / "probs.pt"), probs)
+
+
+def test_shards_of_which_one_has_no_test_images_share_a_run(folder, tmp_path) -> None:
+    """Nine test images on four processes are 3, 3, 3 and 0: forward passes that differ in number must not upset FSDP2."""
+    output, overrides = tmp_path / "out", ("processes.shards=2", "teacher.mode=clean", "sampling.num_draws=3")
+    in_processes(4, on_processes, tmp_path, folder, output, overrides)
+    assert (output / "draws-0.safetensors").exists()
+
+
+def test_one_process_cannot_be_many(folder, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="chains x shards = 2: must be 1 for one process; start with torchrun"):
+        run(config(folder, tmp_path / "out", "processes.chains=2"), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the configuration and the dry run ----
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.mod=clean", "unknown key 'mod'; did you mean 'mode'"),
+        ("teacher.views=2", "views = 2 with mode: online: must be 1"),
+        ("teacher.top_k=2", "top_k = 2 with mode: online: must be null"),
+        ("student.training=null", "weights and training are both null"),
+        ("student.model=resnet18", "student.model = 'resnet18'"),
+    ],
+)
+def test_settings_that_make_no_sense(folder, tmp_path, override, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(folder, tmp_path, override)
+
+
+def test_a_dry_run_tells_what_it_would_take(folder, tmp_path) -> None:
+    rows, problems = examine(config(folder, tmp_path / "out", "teacher.mode=clean"))
+    assert not problems and not (tmp_path / "out").exists()
+    assert rows["images"] == "24 for training, 9 for the test, 3 classes"
+    assert rows["disk for the teacher's logits"] == "168 B"  # 24 (2 x 3 + 1)
+    assert rows["chain"].startswith("13 steps, ") and "s on this cpu" in rows["a step of the chain"]
+    _, problems = examine(config(folder, tmp_path / "out", "sampling.batch_size=99"))
+    assert problems == ["sampling.batch_size = 99: must be at most 24, the training images"]
+
+
+def test_the_command_line_knows_the_kind(folder, tmp_path) -> None:
+    import yaml
+
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config(folder, tmp_path / "out").model_dump(mode="json")))
+    shown = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
+    assert shown.exit_code == 0 and "timm:test_resnet" in shown.output
+    wrong = CliRunner().invoke(app, ["run", str(file), "--dry-run", "--set", "teacher.model=timm:test_resnot"])
+    assert wrong.exit_code == 2 and "such as test_resnet" in wrong.output
