@@ -8,7 +8,8 @@ from bkd_fast import noise, ops
 from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.distill import KDLoss
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
-from bkd_fast.heads import LinearHeadSampler
+from bkd_fast.features import FeatureBatches, FeatureCache, record_features
+from bkd_fast.heads import LinearHeadSampler, sample_heads, split_head
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Diagnostics, DrawRecord, Draws, PosteriorPredictive, data_hash
 from bkd_fast.samplers import BAOAB, PSGLD, SGHMC, SGLD, SGNHT, AdamSGHMC, CyclicalSchedule, mean_model
@@ -34,6 +35,8 @@ __all__ = [
     "Draw",
     "DrawRecord",
     "Draws",
+    "FeatureBatches",
+    "FeatureCache",
     "Health",
     "KDLoss",
     "LinearHeadSampler",
@@ -52,7 +55,10 @@ __all__ = [
     "mean_model",
     "noise",
     "ops",
+    "record_features",
     "sample",
+    "sample_heads",
+    "split_head",
     "suggest_lr",
     "use_backend",
 ]
