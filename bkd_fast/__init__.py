@@ -10,7 +10,8 @@ from bkd_fast.checking import SamplerCheck, check_sampler
 from bkd_fast.checkpoint import Checkpoints, Terminated
 from bkd_fast.distill import KDLoss, TopKLogits
 from bkd_fast.errors import BackendUnavailableError, BKDFastWarning, MissingLibraryError, NonFiniteError, StateFileError
-from bkd_fast.heads import LinearHeadSampler
+from bkd_fast.features import FeatureBatches, FeatureCache, record_features
+from bkd_fast.heads import LinearHeadSampler, sample_heads, split_head
 from bkd_fast.mesh import chain_mesh, data_parallel, data_rank, rows_here
 from bkd_fast.ops import backends, use_backend
 from bkd_fast.posterior import Diagnostics, DrawRecord, Draws, PosteriorPredictive, data_hash
@@ -40,6 +41,8 @@ __all__ = [
     "Draw",
     "DrawRecord",
     "Draws",
+    "FeatureBatches",
+    "FeatureCache",
     "Health",
     "KDLoss",
     "LinearHeadSampler",
@@ -67,9 +70,12 @@ __all__ = [
     "mean_model",
     "noise",
     "ops",
+    "record_features",
     "record_teacher",
     "rows_here",
     "sample",
+    "sample_heads",
+    "split_head",
     "suggest_lr",
     "use_backend",
 ]

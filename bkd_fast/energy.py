@@ -48,7 +48,7 @@ class BatchEnergy:
         self.student, self.sampler, self.loss_fn, self.teacher = student, sampler, loss_fn, teacher
         self.batch_norm = batch_norm
         self.device = sampler.param_groups[0]["params"][0].device
-        self.batches = _endless(loader)
+        self.batches = endless(loader)
 
     @contextmanager
     def modes_put_back(self) -> Iterator[None]:
@@ -171,7 +171,8 @@ def _coordinates(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten()[::stride].double() for t in tensors])
 
 
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader, which is run through again and again."""
     while True:
         empty = True
         for batch in loader:

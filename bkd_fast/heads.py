@@ -1,15 +1,21 @@
 """Linear heads on fixed features: Bayesian knowledge distillation whose every step is one operation, K chains at a time."""
 
+import copy
+import itertools
 import math
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bkd_fast.distill import KDLoss, TopKLogits
+from bkd_fast.energy import endless
 from bkd_fast.errors import NonFiniteError
 from bkd_fast.ops.head import HeadStep, head_step_, logits_of
 from bkd_fast.ops.noise import check_field
+from bkd_fast.sampling import Callback, Draw, Health, StepRecord, check_counts
 
 CHECK_EVERY = 1000  # steps between calls of check()
 WEIGHT, BIAS = 0, 1  # their numbers as parameters, as SGLD(nn.Linear(...).parameters()) counts them
@@ -180,6 +186,24 @@ class LinearHeadSampler:
         """Logits float32 (chains, rows, classes) of features (rows, features): K draws for a posterior's `update_logits`."""
         return logits_of(x.to(self.weight.dtype), self.weight, self.bias)
 
+    def head(self, k: int, into: nn.Linear | None = None) -> nn.Linear:
+        """The head of chain k as a module, of views: it moves on with the chain.
+
+        `model.set_submodule("fc", sampler.head(k))` makes the chain's present draw of a whole network whose last layer "fc" is.
+
+        Args:
+            k: in [0, chains).
+            into: a module that an earlier call gave, to be turned to this chain; None: a new one.
+        """
+        chains, classes, features = self.weight.shape
+        if not 0 <= k < chains:
+            raise ValueError(f"k = {k}: must be in [0, {chains})")
+        linear = nn.Linear(features, classes, self.bias is not None, device="meta") if into is None else into
+        linear.weight = nn.Parameter(self.weight[k], requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias[k], requires_grad=False)
+        return linear
+
     def check(self) -> None:
         """Report what steps on a GPU recorded since the last look. Waits for the device.
 
@@ -229,3 +253,88 @@ class LinearHeadSampler:
 
 
 _SAVED = ("lr", "posterior_temperature", "num_data", "prior_precision", "seed", "chain", "steps")
+
+
+def sample_heads(
+    sampler: LinearHeadSampler,
+    batches: Iterable[Any],
+    *,
+    burn_in: int = 0,
+    thin: int = 1,
+    num_draws: int,
+    callbacks: Sequence[Callback] = (),
+) -> Iterator[Draw]:
+    """Run K heads and yield their draws, as `sample` does for a `StackedModule`.
+
+    Args:
+        sampler: the heads, which go on from where they are.
+        batches: yields (x, target, teacher_logits) as `LinearHeadSampler.step` takes them, on any device; run through again
+            and again.
+        burn_in, thin, num_draws: counts of steps and, of every chain, draws.
+        callbacks: follow the loop. A step's energy is the chains' mean. Health is not measured: its figures are NaN.
+
+    Yields:
+        Draw: its `model` is an nn.Linear on features, live; one module, this draw's until the next one.
+
+    Raises:
+        TypeError, ValueError: counts that are no int or out of range, no batches.
+        What `LinearHeadSampler.step` and `check` raise.
+    """
+    check_counts(burn_in=burn_in, thin=thin, num_draws=num_draws)
+    return _draws(sampler, endless(batches), burn_in, thin, num_draws, callbacks)
+
+
+def _draws(
+    sampler: LinearHeadSampler,
+    batches: Iterator[Any],
+    burn_in: int,
+    thin: int,
+    num_draws: int,
+    callbacks: Sequence[Callback],
+) -> Iterator[Draw]:
+    run, head = secrets.randbits(63), sampler.head(0)
+    names = tuple(name for name, _ in head.named_parameters())
+    for step in range(1, burn_in + thin * num_draws + 1):
+        batch: list[Any] = [
+            None if part is None else part.to(sampler.weight.device, non_blocking=True) for part in next(batches)
+        ]
+        energy = sampler.step(*batch).mean()
+        for callback in callbacks:
+            callback.on_step(StepRecord(step, "burn_in" if step <= burn_in else "sampling", energy))
+        index, remainder = divmod(step - burn_in, thin)
+        if index < 1 or remainder:
+            continue
+        for k in range(len(sampler.weight)):
+            draw = Draw(step, sampler.chain + k, index - 1, run, sampler.head(k, into=head), names)
+            for callback in callbacks:
+                callback.on_draw(draw)
+            yield draw
+    sampler.check()
+    for callback in callbacks:
+        callback.on_end(Health([math.nan], [math.nan]))
+
+
+def split_head(model: nn.Module, name: str) -> tuple[nn.Module, nn.Linear]:
+    """A network as (backbone, head), for features and `LinearHeadSampler(init=head.weight)`.
+
+    Args:
+        model: a network whose last operation is the head: model(x) = head(backbone(x)). It stays as it is.
+        name: of the head, as `named_modules` has it.
+
+    Returns:
+        The network with the identity in the place of its head, and the head itself; both share the network's parameters.
+
+    Raises:
+        ValueError: there is no such module.
+        TypeError: it is no nn.Linear.
+    """
+    modules = dict(model.named_modules())
+    if not name or name not in modules:
+        known = [found for found, module in modules.items() if isinstance(module, nn.Linear)]
+        raise ValueError(f"name = {name!r}: must be a part of the model; its nn.Linear are {known}")
+    head = modules[name]
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"name = {name!r} is a {type(head).__name__}: must be an nn.Linear")
+    # what the memo of deepcopy holds is not copied but taken from there
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, {**memo, id(head): nn.Identity()}), head

@@ -162,7 +162,7 @@ def sample(
         NonFiniteError: as the sampler's rule has it, and what `loss_fn` raises; on a GPU `loss_fn.check()`, if there is one, is
             called every 1000 steps and at the end.
     """
-    _check_counts(warm_start=warm_start, burn_in=burn_in, thin=thin, num_draws=num_draws)
+    check_counts(warm_start=warm_start, burn_in=burn_in, thin=thin, num_draws=num_draws)
     if batch_norm not in get_args(BatchNorm):
         raise ValueError(f"batch_norm = {batch_norm!r}: must be one of {get_args(BatchNorm)}")
     _check_schedule(schedule, sampler)
@@ -472,7 +472,8 @@ class _Progress:
             self.bar.stop()
 
 
-def _check_counts(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
+    """What the loops count: ints, steps and draws."""
     smallest = {"warm_start": 0, "burn_in": 0, "thin": 1, "num_draws": 1}
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int):

@@ -203,6 +203,116 @@ def test_bad_batches_change_nothing():
     assert sampler.steps == 0 and not sampler.weight.any()
 
 
+def test_a_head_is_of_views_and_can_be_turned():
+    sampler = _sampler(chains=2, bias=True)
+    x = torch.randn(4, FEATURES)
+    one = sampler.head(1)
+    for batch in _batches(2):
+        sampler.step(*batch)
+        torch.testing.assert_close(one(x), sampler.logits(x)[1])
+    assert not torch.allclose(one(x), sampler.logits(x)[0])
+    assert sampler.head(0, into=one) is one
+    torch.testing.assert_close(one(x), sampler.logits(x)[0])
+    assert _sampler(bias=False).head(0).bias is None
+    for k in (-1, 2):
+        with pytest.raises(ValueError, match=rf"k = {k}: must be in \[0, 2\)"):
+            sampler.head(k)
+
+
+class _Recorder(bkd.Callback):
+    def __init__(self):
+        self.steps, self.draws, self.health = [], [], None
+
+    def on_step(self, record):
+        self.steps.append((record.step, record.phase, float(record.energy)))
+
+    def on_draw(self, draw):
+        self.draws.append((draw.step, draw.chain, draw.index))
+
+    def on_end(self, health):
+        self.health = health
+
+
+def test_the_loop_yields_the_draws_of_every_chain():
+    batches, recorder = list(_batches(3)), _Recorder()
+    sampler, other = _sampler(chains=2, chain=5), _sampler(chains=2, chain=5)
+    posterior = bkd.PosteriorPredictive(num_rows=ROWS, num_classes=CLASSES)
+    test = [batches[0][0]]
+    draws, expected, energies = [], [], []
+    for draw in bkd.sample_heads(sampler, batches, burn_in=3, thin=2, num_draws=3, callbacks=[recorder]):
+        posterior.update(draw, test)
+        draws.append((draw.step, draw.chain, draw.index, draw.snapshot()))
+    for step in range(1, 10):
+        energies.append(float(other.step(*batches[(step - 1) % 3]).mean()))
+        if step in (5, 7, 9):
+            expected += [(step, 5 + k, (step - 5) // 2, other.weight[k].clone(), other.bias[k].clone()) for k in (0, 1)]
+    for (*place, snapshot), (*theirs, weight, bias) in zip(draws, expected, strict=True):
+        assert place == theirs
+        assert torch.equal(snapshot["weight"], weight) and torch.equal(snapshot["bias"], bias)
+    phases = ["burn_in"] * 3 + ["sampling"] * 6
+    assert recorder.steps == [(i + 1, phase, energies[i]) for i, phase in enumerate(phases)]
+    assert recorder.draws == [place[:3] for place in draws]
+    assert math.isnan(recorder.health.noise_share[0]) and math.isnan(recorder.health.stationarity[0])
+    probabilities = [(test[0] @ w.T + b).softmax(-1) for *_, w, b in expected]
+    torch.testing.assert_close(posterior.mean, torch.stack(probabilities).mean(0), rtol=1e-5, atol=1e-6)
+    assert [chain for (_, chain), _ in posterior.streams] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ({"num_draws": 0}, ValueError, "num_draws = 0"),
+        ({"num_draws": 1, "thin": 0}, ValueError, "thin = 0"),
+        ({"num_draws": 1, "burn_in": 1.0}, TypeError, r"burn_in = 1\.0"),
+    ],
+)
+def test_bad_counts_come_before_the_first_step(counts, error, message):
+    sampler = _sampler()
+    with pytest.raises(error, match=message):
+        bkd.sample_heads(sampler, _batches(1), **counts)
+    assert sampler.steps == 0
+
+
+class _Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, FEATURES), nn.BatchNorm1d(FEATURES), nn.Tanh())
+        self.top = nn.ModuleDict({"fc": nn.Linear(FEATURES, CLASSES)})
+
+    def forward(self, x):
+        return self.top["fc"](self.body(x))
+
+
+def test_a_network_is_split_and_a_draw_put_back():
+    network = _Network().eval()
+    x = torch.randn(ROWS, 6)
+    before = network(x).detach()
+    backbone, head = bkd.split_head(network, "top.fc")
+    assert head is network.top["fc"] and torch.equal(network(x), before)
+    features = backbone(x).detach()
+    assert features.shape == (ROWS, FEATURES) and torch.equal(head(features), before)
+    shared = {id(parameter) for parameter in network.parameters()}
+    assert {id(parameter) for parameter in backbone.parameters()} == shared - {id(p) for p in head.parameters()}
+    assert backbone.body[1].running_mean is network.body[1].running_mean
+    sampler = _sampler(chains=2, init=head.weight)
+    network.set_submodule("top.fc", sampler.head(1))
+    sampler.step(features, torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, CLASSES))
+    torch.testing.assert_close(network(x), sampler.logits(features)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("fc", ValueError, r"name = 'fc': must be a part of the model; its nn\.Linear are \['body\.0', 'top\.fc'\]"),
+        ("", ValueError, "name = ''"),
+        ("body.2", TypeError, r"name = 'body\.2' is a Tanh: must be an nn\.Linear"),
+    ],
+)
+def test_what_is_no_head(name, error, message):
+    with pytest.raises(error, match=message):
+        bkd.split_head(_Network(), name)
+
+
 def test_known_posterior():
     """One feature, always 1: W is the logits, and the posterior of q is Dir(a) with a = N lambda p_T, so that E q = a / sum a
     at any step size (E grad = 0 in the stationary state). T softens the teacher, not the answer's form."""

@@ -1,7 +1,6 @@
 """What the experiments share: training on the student's own energy, the chains, the baselines' draws, results on disk."""
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -177,18 +176,16 @@ def sample_head(
     )
     sampler.bias.copy_(head.bias.detach())
     posteriors = [bkd.PosteriorPredictive(len(x), head.out_features) for x in tests]
+    loaders = [Batches(x, batch_size=EVALUATION_BATCH) for x in tests]
     traces = []
-    batches = itertools.chain.from_iterable(itertools.repeat(training))
-    for step, batch in enumerate(itertools.islice(batches, burn_in + thin * num_draws), start=1 - burn_in):
-        sampler.step(*batch)
-        if step > 0 and step % thin == 0:
-            traces.append(sampler.logits(tests[0][:PROBES]))
-            for posterior, x in zip(posteriors, tests, strict=True):
-                posterior.update_logits(sampler.logits(x))
+    for draw in bkd.sample_heads(sampler, training, burn_in=burn_in, thin=thin, num_draws=num_draws):
+        traces.append(logits_of(draw.model, tests[0][:PROBES]))
+        for posterior, loader in zip(posteriors, loaders, strict=True):
+            posterior.update(draw, loader)
     figures = {
         "lr": step_size.lr,
         "noise_share": step_size.noise_share[0],
-        "r_hat": largest_r_hat(torch.stack(traces, 1)),
+        "r_hat": largest_r_hat(torch.stack(traces).unflatten(0, (num_draws, chains)).transpose(0, 1)),
     }
     return posteriors, figures
 

@@ -204,7 +204,8 @@ def composed_head_step_(s: HeadStep, real: torch.dtype) -> tuple[Tensor, Tensor]
         return [gradient.to(torch.float32) for gradient in both]
 
     # |dz| is at most this: only features near the end of float32 make sums that a look at every gradient is worth
-    largest = (s.label_weight + s.prior_strength / s.temperature) * float(torch.linalg.vector_norm(x, math.inf))
+    low, high = x.aminmax()  # a fifteenth of the time of vector_norm(x, inf), which was a third of a small head's step
+    largest = (s.label_weight + s.prior_strength / s.temperature) * float(torch.maximum(-low, high))
     if rows * largest > torch.finfo(torch.float32).max / 2:
         for k in range(len(s.weight)):
             if bool(find_nonfinite(gradients(k)).any()):

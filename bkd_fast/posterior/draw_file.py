@@ -246,10 +246,15 @@ def _read_header(path: Path) -> tuple[dict[str, str], bytes, int]:
         return metadata, file.read(length), int.from_bytes(file.read(8), "little", signed=True)
 
 
+def unfinished(path: Path) -> Path:
+    """Where `replacing` writes what is to take the place of a file."""
+    return path.with_name(path.name + ".new")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when all is written, and vanishes if something goes wrong before."""
-    temporary = path.with_name(path.name + ".new")
+    temporary = unfinished(path)
     try:
         with temporary.open("wb") as file:
             yield file

@@ -76,6 +76,24 @@ def load_state(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tenso
         StateFileError: it is of another kind, of a later version, or its tensors are missing, truncated or altered.
     """
     sidecar = sidecar_of(path)
+    description = description_of(sidecar, kind, VERSION)
+    try:
+        name, size, checksum = (description[key] for key in ("tensors", "bytes", "sha256"))
+        numbers = {str(key): int(value) for key, value in description["numbers"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateFileError(f"{sidecar.name} is incomplete: {error!r}") from error
+    file = sidecar.with_name(Path(str(name)).name)
+    check_file(file, sidecar, size, checksum)
+    return {**load_file(file), **numbers}, description
+
+
+def description_of(sidecar: Path, kind: str, version: int) -> dict[str, Any]:
+    """What a sidecar says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StateFileError: it is no JSON, of another kind or another version.
+    """
     try:
         description = json.loads(sidecar.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -83,26 +101,28 @@ def load_state(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tenso
     if not isinstance(description, dict) or description.get("format") != f"bkd_fast.{kind}":
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise StateFileError(f"{sidecar.name} has format {found!r}: must be 'bkd_fast.{kind}'")
-    version = description.get("version")
-    if version != VERSION:
-        later = isinstance(version, int) and version > VERSION
+    found = description.get("version")
+    if found != version:
+        later = isinstance(found, int) and found > version
         hint = "; it was written by a later bkd_fast" if later else ""
-        raise StateFileError(f"{sidecar.name} has version {version}: must be {VERSION}{hint}")
-    try:
-        name, size, checksum = (description[key] for key in ("tensors", "bytes", "sha256"))
-        numbers = {str(key): int(value) for key, value in description["numbers"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StateFileError(f"{sidecar.name} is incomplete: {error!r}") from error
-    file = sidecar.with_name(Path(str(name)).name)
+        raise StateFileError(f"{sidecar.name} has version {found}: must be {version}{hint}")
+    return description
+
+
+def check_file(file: Path, sidecar: Path, size: int, checksum: str | None) -> None:
+    """Hold a file against its sidecar: its bytes, and its SHA-256 unless that is None.
+
+    Raises:
+        StateFileError: it is missing, truncated or altered.
+    """
     if not file.is_file():
         raise StateFileError(f"{sidecar.name} names {file.name}, which is missing")
     if file.stat().st_size != size:
         raise StateFileError(
             f"{file.name} has {file.stat().st_size} bytes: must have {size}; it is truncated or altered"
         )
-    if checksum_of(file) != checksum:
+    if checksum is not None and checksum_of(file) != checksum:
         raise StateFileError(f"{file.name} is altered: its checksum is not the one in {sidecar.name}")
-    return {**load_file(file), **numbers}, description
 
 
 def sidecar_of(path: str | os.PathLike[str]) -> Path:

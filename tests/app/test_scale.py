@@ -134,9 +134,9 @@ def test_images_that_are_not_there(folder, tmp_path) -> None:
     buffer = io.BytesIO()
     picture(np.random.default_rng(0), 0).save(buffer, "jpeg")
     (tmp_path / "one" / "a.jpeg").write_bytes(buffer.getvalue())
-    with pytest.raises(DataUnavailableError, match="has 3 classes and .* 1: must be the same"):
+    with pytest.raises(DataUnavailableError, match=r"has 3 classes and .* 1: must be the same"):
         images.load(ImageFiles(train=folder / "train", test=tmp_path), 0)
-    with pytest.raises(ConfigError, match="data.train_size = 99: must be at most 24"):
+    with pytest.raises(ConfigError, match=r"data.train_size = 99: must be at most 24"):
         images.load(files(folder, train_size=99), 0)
 
 
