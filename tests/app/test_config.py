@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bkd_fast.app.cli import load
 from bkd_fast.app.config import Config, ConfigError, Section
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -46,7 +47,7 @@ def test_a_dumped_configuration_loads_as_itself(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_are_valid(path):
-    Config.load(path)
+    load(path, [])
 
 
 @pytest.mark.parametrize(
