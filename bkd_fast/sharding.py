@@ -7,7 +7,7 @@ alone, or not at all.
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -157,4 +157,5 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
             part.reshard()
         # or the next backward pass prefetches in the order of these forward passes, of which others may have made more or fewer
         for root in parts[:1] if model in parts else parts:
-            root.reset_iter_state()
+            with suppress(AttributeError):  # raised where there was no forward pass yet
+                root.reset_iter_state()

@@ -18,6 +18,7 @@ from bkd_fast import BKDFastWarning
 multiprocessing.set_forkserver_preload(
     ["bkd_fast.checkpoint", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch._dynamo"]
 )
+FORKED = multiprocessing.get_context("forkserver")
 TIMEOUT = datetime.timedelta(seconds=60)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted_run import Slow, Stop, run
+from processes import FORKED
 from torch import Tensor
 
 from bkd_fast import BKDFastWarning, Checkpoints, PosteriorPredictive, StateFileError, Terminated
@@ -196,10 +197,9 @@ def test_counts(tmp_path, name) -> None:
 @pytest.fixture(scope="module")
 def start():
     """Starts the run in a process of its own: (folder, steps between checkpoints, seconds a step)."""
-    context = multiprocessing.get_context("forkserver")
 
     def begin(folder: Path, every: int, seconds: float = 0.0) -> multiprocessing.Process:
-        process = context.Process(target=slowly, args=(folder, every, seconds))
+        process = FORKED.Process(target=slowly, args=(folder, every, seconds))
         process.start()
         return process
 

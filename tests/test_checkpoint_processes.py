@@ -37,8 +37,8 @@ class Start(Callback):
             self.state = {name: value.detach().clone() for name, value in student.named_parameters()}
 
 
-def run(folder: Path | None, mesh=None, stop: int | None = None):
-    """(start, end, posterior of all rows) of a run on the mesh's processes, or on one."""
+def run(folder: Path | None, mesh=None, stop: int | None = None, follow_also: tuple[Callback, ...] = ()):
+    """(start, end, posterior of the rows here) of a run on the mesh's processes, or on one."""
     x, y, test = data()
     torch.manual_seed(2)
     student = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, CLASSES))
@@ -50,7 +50,7 @@ def run(folder: Path | None, mesh=None, stop: int | None = None):
     sampler = SGHMC(student.named_parameters(), 0.05, num_data=ROWS, prior_precision=1.0, seed=4, chain=chain)
     posterior = PosteriorPredictive(len(rows), CLASSES, diagnostics=True)
     begin = Start()
-    follow: list[Callback] = [begin]
+    follow: list[Callback] = [begin, *follow_also]
     if folder is not None:
         first = int(rows[0]) if len(rows) else 0
         saved = Checkpoints(folder, every=5, chain=chain, posterior=posterior, rows=(first, TEST_ROWS), loader=batches)

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-if importlib.util.find_spec("torchvision") is None:
-    pytest.skip("torchvision is not installed: pip install 'bkd_fast[images]'", allow_module_level=True)
-if torch.version.cuda is None:
-    folder = Path(importlib.util.find_spec("torchvision").origin).parent
-    text = (folder / "_meta_registrations.py").read_text()
-    for name in {
-        *re.findall(r'register_fake\("torchvision::(\w+)"\)', text),
-        *re.findall(r'register_meta\("(\w+)"', text),
-    }:
+
+def make_importable() -> None:
+    """So that `import torchvision` works from here on; skips the importing test file where there is none."""
+    found = importlib.util.find_spec("torchvision")
+    if found is None:
+        pytest.skip("torchvision is not installed: pip install 'bkd_fast[images]'", allow_module_level=True)
+    if torch.version.cuda is not None:
+        return
+    text = (Path(found.origin).parent / "_meta_registrations.py").read_text()
+    patterns = (r'register_fake\("torchvision::(\w+)"\)', r'register_meta\("(\w+)"')
+    fakes, metas = (re.findall(pattern, text) for pattern in patterns)
+    for name in {*fakes, *metas}:
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")

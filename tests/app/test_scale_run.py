@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from processes import in_processes
 from rich.console import Console
+from torchvision_here import make_importable
 from typer.testing import CliRunner
 
 from bkd_fast import BKDFastWarning
@@ -22,6 +23,8 @@ from bkd_fast.app.scale.config import ImageFiles, Runtime, ScaleConfig
 from bkd_fast.app.scale.dry_run import examine
 from bkd_fast.app.scale.images import UndecodableImageError
 from bkd_fast.app.scale.run import run
+
+make_importable()
 
 CLASSES, TRAIN, TEST, SIZE = 3, 8, 3, 32  # images of each class; pixels
 

@@ -113,7 +113,7 @@ def test_saved_and_loaded() -> None:
 def test_shards_of_rows_join_whatever_their_lengths() -> None:
     codes, valid = draws_of(150, seed=3)
     whole, few = filled(codes, valid, 32), filled(codes[:20], valid[:20], 32)
-    joined = join_records([few.on(CPU), whole.on(CPU)])
+    joined = join_records([few.on(CPU), whole.on(CPU)], [slice(0, ROWS)] * 2)
     assert torch.equal(joined.total, torch.cat([few.total, whole.total]))
     for row in range(2 * ROWS):
         part, end = (few, 20) if row < ROWS else (whole, 150)

@@ -279,19 +279,21 @@ class _Job:
         return seconds
 
     def _pooled(self) -> bkd.PosteriorPredictive | None:
-        """The posterior of all chains and test images, on the first process."""
-        mesh = self.place.mesh
-        if mesh is None:
-            return self.posterior
-        self.posterior.merge_across_(mesh.get_group("chain"))
+        """The posterior of all chains and test images, on the first process and its CPU; its stretches of rows stay on disk."""
+        if self.place.mesh is not None:
+            self.posterior.merge_across_(self.place.mesh.get_group("chain"))
         folder = self.config.output / "posterior"
         if self.place.chain == 0 and len(self.rows):
             self.posterior.save(folder / f"rows-{int(self.rows[0]):09d}")
         gather(None)
         if not self.first:
             return None
+        size = -(-len(self.test) // self.place.shard[1])  # of a stretch, as rows_here cuts them
         return bkd.PosteriorPredictive.join_rows(
-            [bkd.PosteriorPredictive.load(part) for part in sorted(folder.glob("rows-*.json"))]
+            [
+                bkd.PosteriorPredictive.load(folder / f"rows-{start:09d}", "cpu")
+                for start in range(0, len(self.test), size)
+            ]
         )
 
     # ---- what all have in common ----
@@ -337,7 +339,7 @@ class _Job:
         config = self.config
         lower, upper = posterior.interval(config.posterior.level)
         levels = sorted({*COVERAGE_LEVELS, config.posterior.level})
-        covered: list[Coverage] = coverage(posterior, self.test.labels.to(posterior.device), levels)
+        covered: list[Coverage] = coverage(posterior, self.test.labels, levels)
         small = config.student.model.partition(":")[2]
         return Results(
             config=config,
