@@ -47,7 +47,7 @@ def test_a_dumped_configuration_loads_as_itself(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_are_valid(path):
-    load(path, [])
+    assert load(path, []).output.parts[0] == "runs"
 
 
 @pytest.mark.parametrize(
