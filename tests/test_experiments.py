@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed
 
 from benchmarks.experiments import cifar10h, common, gaussians, mnist_ood
 from bkd_fast.app.data import Batches
+from bkd_fast.app.experiments import common as shared
+from bkd_fast.app.experiments.datasets import Gaussians
 
 needs_data = pytest.mark.skipif(
     "BKD_FAST_DATA" not in os.environ, reason="BKD_FAST_DATA is not set: it names the folder with the data sets"
@@ -26,11 +28,11 @@ needs_data = pytest.mark.skipif(
 def test_true_class_probabilities_are_those_of_bayes_rule_with_the_densities():
     from scipy.stats import multivariate_normal
 
-    problem = gaussians.Problem(3)
+    problem = Gaussians(3)
     x, _ = problem.draw(40)
     densities = np.stack(
         [
-            multivariate_normal(mean, gaussians.VARIANCE).pdf(x.double().numpy())
+            multivariate_normal(mean, Gaussians.variance).pdf(x.double().numpy())
             for mean in problem.means.double().numpy()
         ],
         axis=1,
@@ -41,7 +43,7 @@ def test_true_class_probabilities_are_those_of_bayes_rule_with_the_densities():
 
 def test_labels_follow_the_true_class_probabilities():
     """The log loss of true probabilities on 20,000 labels is their expected entropy, and the accuracy is the published one."""
-    problem = gaussians.Problem(0)
+    problem = Gaussians(0)
     x, y = problem.draw(20_000)
     log_probs = problem.log_probs(x).double()
     scores = gaussians.point_scores(log_probs, log_probs)
@@ -71,8 +73,8 @@ def test_point_scores_are_those_of_repeated_rows_with_labels_in_the_true_proport
 
 def test_log_odds_are_those_of_the_softmax_and_stay_finite():
     logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(common.log_odds(logits), torch.logit(logits.softmax(-1)))
-    assert common.log_odds(torch.tensor([[900.0, 0.0, 0.0]]))[0, 0] == pytest.approx(900 - np.log(2))
+    torch.testing.assert_close(shared.log_odds(logits), torch.logit(logits.softmax(-1)))
+    assert shared.log_odds(torch.tensor([[900.0, 0.0, 0.0]]))[0, 0] == pytest.approx(900 - np.log(2))
 
 
 def test_normal_quantiles_are_those_of_scipys_logistic_transform():
@@ -83,16 +85,16 @@ def test_normal_quantiles_are_those_of_scipys_logistic_transform():
     odds = torch.logit(logits.double().softmax(-1)).numpy()
     for q in (0.025, 0.5, 0.9):
         expected = expit(norm(odds.mean(0), odds.std(0, ddof=1)).ppf(q))
-        np.testing.assert_allclose(common.normal_quantile(logits, q).numpy(), expected, rtol=1e-6)
+        np.testing.assert_allclose(shared.normal_quantile(logits, q).numpy(), expected, rtol=1e-6)
 
 
 def test_a_fit_with_weight_decay_finds_the_mode_of_the_posterior():
     """The gradient of the whole energy, prior included, vanishes at the end, and does not without the prior's share."""
-    x, y = gaussians.Problem(1).draw(200)
+    x, y = Gaussians(1).draw(200)
     loss, precision = gaussians.bkd.KDLoss(2.0), 20.0
     batches = Batches(x, y, torch.randn(200, 10), batch_size=200, shuffle_seed=0)
-    model = common.seeded(lambda: gaussians.student("linear"), 0)
-    common.fit(model, batches, loss, epochs=1500, lr=1e-2, weight_decay=precision / 200)
+    model = shared.seeded(lambda: gaussians.student("linear"), 0)
+    shared.fit(model, batches, loss, epochs=1500, lr=1e-2, weight_decay=precision / 200)
     weight = model[-1].weight
     (gradient,) = torch.autograd.grad(loss(model(x), y, batches.tensors[2]), weight)
     weight = weight.detach()
@@ -104,13 +106,13 @@ def test_r_hat_tells_chains_that_agree_from_chains_that_do_not():
     draws = torch.randn(2, 500, 3, 4, generator=torch.Generator().manual_seed(2))
     apart = draws.clone()
     apart[1, ..., 0] += 3
-    assert common.largest_r_hat(draws) < 1.05 < 1.5 < common.largest_r_hat(apart)
-    assert np.isnan(common.largest_r_hat(draws[:1]))
+    assert shared.largest_r_hat(draws) < 1.05 < 1.5 < shared.largest_r_hat(apart)
+    assert np.isnan(shared.largest_r_hat(draws[:1]))
 
 
 def test_means_and_standard_errors_over_seeds():
     runs = [{"row": {"figure": value}} for value in (1.0, 2.0, 6.0)]
-    mean, error = common.over_seeds(runs)["row"]["figure"]
+    mean, error = shared.over_seeds(runs)["row"]["figure"]
     assert (mean, error) == (pytest.approx(3), pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3)))
 
 
@@ -176,7 +178,7 @@ def test_cifar_images_and_human_labels_belong_together():
 @needs_data
 def test_a_head_on_centred_features_gives_the_students_logits():
     data = cifar10h.load(cifar10h.SMALL)
-    student = common.seeded(cifar10h.student_network, 0)
+    student = shared.seeded(cifar10h.student_network, 0)
     head, features, test = cifar10h.centred_head(student, data.train_x, data.test_x)
     with torch.no_grad():
         torch.testing.assert_close(head(test), student(data.test_x), rtol=1e-4, atol=1e-5)

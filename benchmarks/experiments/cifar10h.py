@@ -6,8 +6,6 @@ folder $BKD_FAST_DATA.
 """
 
 import copy
-import io
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,26 +15,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 import bkd_fast as bkd
-from benchmarks.experiments.common import (
-    arguments,
+from benchmarks.experiments.common import arguments, print_table, save
+from bkd_fast.app.data import Batches
+from bkd_fast.app.experiments.common import (
     dropout_logits,
     fit,
     logits_of,
     normal_quantile,
     over_seeds,
     predictive,
-    print_table,
     sample_head,
-    save,
     seeded,
 )
-from bkd_fast.app.data import Batches
+from bkd_fast.app.experiments.datasets import cifar10, folder
 from bkd_fast.posterior.metrics import (
     interval_coverage,
     rank_correlation,
@@ -88,29 +84,20 @@ class Data:
     counts: Tensor
 
 
-def decode(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of a file of JPEGs, uint8 (rows, 32, 32, 3), and their labels."""
-    with np.load(path) as arrays:
-        header, blob, offsets, labels = (arrays[name] for name in ("header", "blob", "offsets", "labels"))
-    files = (header.tobytes() + blob[offsets[i] : offsets[i + 1]].tobytes() for i in range(rows))
-    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]), labels[:rows]
-
-
 def load(settings: Settings) -> Data:
-    folder = Path(os.environ["BKD_FAST_DATA"])
-    train, train_y = decode(folder / "cifar10_train_jpeg.npz", settings.train)
-    test, test_y = decode(folder / "cifar10_test_jpeg.npz", settings.test)
+    train, train_y = cifar10("train", settings.train)
+    test, test_y = cifar10("test", settings.test)
     mean, scale = train.mean((0, 1, 2)), train.std((0, 1, 2))
 
     def images(pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(((pixels - mean) / scale).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
-    counts = torch.from_numpy(np.load(folder / "cifar10h-counts.npy")[: settings.test].astype(np.float64))
+    counts = torch.from_numpy(np.load(folder() / "cifar10h-counts.npy")[: settings.test].astype(np.float64))
     return Data(
         images(train),
-        torch.from_numpy(train_y.astype(np.int64)),
+        train_y,
         images(test),
-        torch.from_numpy(test_y.astype(np.int64)),
+        test_y,
         counts,
     )
 

@@ -15,23 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bkd_fast as bkd
-from benchmarks.experiments.common import (
-    arguments,
+from benchmarks.experiments.common import arguments, print_table, save
+from bkd_fast.app.data import Batches
+from bkd_fast.app.experiments.common import (
     dropout_logits,
     fit,
     logits_of,
     normal_quantile,
     over_seeds,
     predictive,
-    print_table,
     sample_posterior,
-    save,
     seeded,
 )
-from bkd_fast.app.data import Batches
+from bkd_fast.app.experiments.datasets import Gaussians
 from bkd_fast.posterior.metrics import interval_coverage
 
-CLASSES, DIMENSIONS, VARIANCE = 10, 30, 6.0
+CLASSES, DIMENSIONS = Gaussians.classes, Gaussians.dimensions
 LEVELS = (0.5, 0.8, 0.95)
 # prior precision of each student's parameters: the variance of the true weights m / 6 is (2/3) / 36
 PRIOR_PRECISION = {"linear": 54.0, "mlp": 10.0}
@@ -58,23 +57,6 @@ class Settings:
 
 
 SMALL = Settings((100,), ("own",), 500, 50, 5.0, 50, 10, 2, 2, 1, num_draws=8, members=3, passes=8)
-
-
-class Problem:
-    """Ten Gaussians; everything drawn from `seed`."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.means = torch.randint(-1, 2, (CLASSES, DIMENSIONS), generator=self.generator).float()
-
-    def draw(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs (rows, 30) and their classes (rows,)."""
-        y = torch.randint(CLASSES, (rows,), generator=self.generator)
-        return self.means[y] + VARIANCE**0.5 * torch.randn(rows, DIMENSIONS, generator=self.generator), y
-
-    def log_probs(self, x: Tensor) -> Tensor:
-        """(rows, 10) the true log p(y given x), by Bayes' rule with equal covariances: linear in x up to the normaliser."""
-        return (x @ self.means.T / VARIANCE - self.means.square().sum(1) / (2 * VARIANCE)).log_softmax(1)
 
 
 def student(kind: str, dropout: float = 0.0) -> nn.Sequential:
@@ -130,7 +112,7 @@ def scores_of(
 
 def run_seed(seed: int, settings: Settings) -> dict[str, dict[str, float]]:
     """{"size/teacher/student/method": figures} for one problem."""
-    problem = Problem(seed)
+    problem = Gaussians(seed)
     x, y = problem.draw(max(settings.sizes))
     others = problem.draw(settings.large)
     test_x, _ = problem.draw(settings.rows)

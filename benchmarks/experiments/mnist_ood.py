@@ -4,37 +4,30 @@ Every parameter of a small network is sampled; its scores of uncertainty tell MN
 from $BKD_FAST_DATA.
 """
 
-import gzip
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import bkd_fast as bkd
-from benchmarks.experiments.common import (
-    arguments,
+from benchmarks.experiments.common import arguments, print_table, save
+from bkd_fast.app import config
+from bkd_fast.app import data as app_data
+from bkd_fast.app.data import Batches, Images
+from bkd_fast.app.experiments.common import (
     dropout_logits,
     fit,
     logits_of,
     over_seeds,
     predictive,
-    print_table,
     sample_posterior,
-    save,
     seeded,
 )
-from bkd_fast.app import config
-from bkd_fast.app import data as app_data
-from bkd_fast.app.data import Batches, Images
+from bkd_fast.app.experiments.datasets import OTHERS, unlike_mnist
 from bkd_fast.posterior.metrics import ood_detection
-
-OTHERS = ("notmnist", "kmnist")
 
 
 @dataclass(frozen=True)
@@ -60,17 +53,6 @@ class Settings:
 
 
 SMALL = Settings(300, 60, 60, 1, 2, 100, burn_in=2, thin=1, num_draws=4, members=2, passes=4)
-
-
-def load_others(rows: int) -> dict[str, Tensor]:
-    """(rows, 1, 28, 28) grey levels in [0, 1] of each set, not centred."""
-    folder = Path(os.environ[app_data.DATA_VARIABLE])
-    with gzip.open(folder / "notmnist-t10k-images-idx3-ubyte.gz") as file:
-        letters = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    with np.load(folder / "kmnist-test-imgs.npz") as arrays:
-        kana = arrays["arr_0"]
-    pixels = dict(zip(OTHERS, (letters, kana), strict=True))
-    return {name: torch.from_numpy(x[:rows].astype(np.float32) / 255).unsqueeze(1) for name, x in pixels.items()}
 
 
 def network(hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
@@ -168,7 +150,7 @@ def run_seed(seed: int, images: Images, others: dict[str, Tensor], settings: Set
 
 def run(seeds: Sequence[int], settings: Settings) -> dict[str, dict[str, list[float]]]:
     which = config.Data(name="mnist", train_size=settings.train, test_size=settings.test)
-    others = load_others(settings.others)
+    others = unlike_mnist(settings.others)
     return over_seeds([run_seed(seed, app_data.load(which, seed), others, settings) for seed in seeds])
 
 

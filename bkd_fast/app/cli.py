@@ -1,5 +1,6 @@
-"""The command line: `bkd-fast run`, `bkd-fast demo` and `bkd-fast doctor`."""
+"""The command line: `bkd-fast run`, `demo`, `reproduce` and `doctor`."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,6 +65,40 @@ def run_command(
 def demo(overrides: Overrides = None) -> None:
     """Run the demo: scikit-learn's digits, from teacher to report, in about a minute."""
     _run_and_summarise(lambda: Config.build({}, overrides or [], source="demo"))
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="An experiment; without one, they are listed.", show_default=False)
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="At the published scale: hours. Otherwise minutes.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many runs (default: as the experiment has it).")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/reproduce"),
+) -> None:
+    """Run a published experiment again: its table beside the published figures, as NAME.md and NAME.json."""
+    from bkd_fast.app import experiments
+    from bkd_fast.app.experiments import experiment
+
+    if name is None:
+        for known in experiments.MODULES:
+            typer.echo(f"{known:24} {experiments.load(known).title}")
+        return
+    if name not in experiments.MODULES:
+        near = difflib.get_close_matches(name, experiments.MODULES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        typer.echo(f"Error: NAME = {name!r}: {hint}must be one of {', '.join(experiments.MODULES)}", err=True)
+        raise typer.Exit(2)
+    chosen = experiments.load(name)
+    try:
+        record = experiment.reproduce(chosen, "full" if full else "quick", range(seeds or chosen.seeds))
+    except (DataUnavailableError, ImportError) as error:
+        extras = " (pip install 'bkd_fast[app,export]')" if isinstance(error, ImportError) else ""
+        typer.echo(f"Error: {error}{extras}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(experiment.page(record))
+    for path in experiment.save(record, output):
+        typer.echo(f"  {path}")
 
 
 @app.command()
