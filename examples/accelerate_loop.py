@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import bkd_fast as bkd
 
 
-def main(warm_start=30, burn_in=150, epochs=400, draw_every=10):
+def main(warm_start=30, burn_in=120, epochs=400, draw_every=10):
     """Train a teacher, then distil and sample a student on scikit-learn's digits.
 
     Args:
-        warm_start, burn_in, epochs: numbers of epochs, each counted from the start; on one process they have ten steps.
+        warm_start, burn_in, epochs: numbers of epochs, the last one of both and of sampling; on one process they have ten steps.
         draw_every: steps.
 
     Returns:
@@ -63,7 +63,7 @@ def main(warm_start=30, burn_in=150, epochs=400, draw_every=10):
             optimizer.step()
             schedule.step()
             step += 1
-            if epoch >= burn_in and step % draw_every == 0:  # 5: new
+            if epoch >= warm_start + burn_in and step % draw_every == 0:  # 5: new
                 with torch.no_grad():
                     for inputs, _, rows in test_loader:
                         posterior.update_logits(*accelerator.gather_for_metrics((student(inputs), rows)))

@@ -13,7 +13,7 @@ import bkd_fast as bkd
 
 
 class Distillation(lightning.LightningModule):
-    """Learns from labels and a teacher for `warm_start` epochs, samples from then on, and keeps draws after `burn_in` epochs.
+    """Learns from labels and a teacher for `warm_start` epochs, samples from then on, and keeps draws after `burn_in` more.
 
     Batches are (inputs, labels), those of the validation (inputs, labels, row ids).
     """
@@ -49,7 +49,7 @@ class Distillation(lightning.LightningModule):
     def validation_step(self, batch, index):
         inputs, labels, rows = batch
         logits = self.student(inputs)
-        if self.current_epoch >= self.burn_in:  # 5: new
+        if self.current_epoch >= self.warm_start + self.burn_in:  # 5: new
             self.posterior.update_logits(logits, rows)
         self.log("accuracy", (logits.argmax(-1) == labels).float().mean())
 
@@ -60,11 +60,11 @@ class Distillation(lightning.LightningModule):
         self.posterior.load_state_dict(checkpoint["posterior"])
 
 
-def main(warm_start=30, burn_in=150, epochs=400, draw_every=10, resume=None, **trainer):
+def main(warm_start=30, burn_in=120, epochs=400, draw_every=10, resume=None, **trainer):
     """Train a teacher, then distil and sample a student on scikit-learn's digits; epochs have ten steps.
 
     Args:
-        warm_start, burn_in, epochs: numbers of epochs, each counted from the start.
+        warm_start, burn_in, epochs: numbers of epochs, the last one of both and of sampling.
         draw_every: steps.
         resume: a checkpoint's path.
         trainer: more arguments of `lightning.Trainer`.

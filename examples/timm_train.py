@@ -1,7 +1,7 @@
 """timm's train.py as Bayesian distillation: its lines that change, and the run.
 
     python examples/timm_train.py CHECKOUT --data-dir DATA --model resnet18 --kd-model-name resnet34 \
-        --warm-start 90 --burn-in 95 --epochs 120 --sampling-lr 1e-4
+        --warm-start 90 --burn-in 5 --epochs 120 --sampling-lr 1e-4
 
 CHECKOUT is one of github.com/huggingface/pytorch-image-models, whose own timm is used; the other arguments are the script's own
 and those of the last edit. docs/frameworks.md says which posterior is sampled.
@@ -88,7 +88,7 @@ import bkd_fast as bkd
     # a draw every so many steps
     "        task.update_ema(step=num_updates)\n": """\
         task.update_ema(step=num_updates)
-        if epoch >= args.burn_in and num_updates % args.draw_every == 0:
+        if epoch >= args.warm_start + args.burn_in and num_updates % args.draw_every == 0:
             draw()
 """,
     "            latest_results = {\n": """\
@@ -96,10 +96,10 @@ import bkd_fast as bkd
             latest_results = {
 """,
     "# Knowledge Distillation parameters\n": """\
-parser.add_argument('--kd-weights', default=None, help='file of the teacher\\'s state_dict (default: timm\\'s own)')
+parser.add_argument('--kd-weights', default=None, help='file of a state_dict of the teacher (default: those of timm)')
 parser.add_argument('--prior-strength', default=1.0, type=float, help='lambda: what the teacher weighs beside a label')
 parser.add_argument('--warm-start', required=True, type=int, help='epochs at temperature 0')
-parser.add_argument('--burn-in', required=True, type=int, help='epochs before the first draw, the warm start\\'s included')
+parser.add_argument('--burn-in', required=True, type=int, help='epochs from there to the first draw')
 parser.add_argument('--sampling-lr', required=True, type=float, help='lr after the warm start')
 parser.add_argument('--draw-every', default=500, type=int, help='steps')
 

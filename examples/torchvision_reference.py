@@ -1,9 +1,9 @@
 """torchvision's classification reference as Bayesian distillation: the lines of its train.py that change, and the run.
 
     python examples/torchvision_reference.py CHECKOUT --data-path DATA --model resnet18 --teacher resnet34 \
-        --teacher-weights resnet34-b627a593.pth --warm-start 90 --burn-in 95 --epochs 120 --sampling-lr 1e-4
+        --teacher-weights resnet34-b627a593.pth --warm-start 90 --burn-in 5 --epochs 120 --sampling-lr 1e-4
 
-CHECKOUT is one of github.com/pytorch/vision, of the installed torchvision's version; the other arguments are the script's own
+CHECKOUT is one of github.com/pytorch/vision, near the installed torchvision's version; the other arguments are the script's own
 and those of the last edit. docs/frameworks.md says which posterior is sampled.
 """
 
@@ -15,7 +15,6 @@ from edited_script import run
 VERSION = "references/classification/train.py of torchvision 0.16 to 0.22"
 
 EDITS = {
-    # the posterior's package
     "from transforms import get_mixup_cutmix\n": """\
 from transforms import get_mixup_cutmix
 import bkd_fast as bkd
@@ -60,6 +59,9 @@ import bkd_fast as bkd
             num_data=len(dataset),
             temperature=0.0,
 """,
+    '    parser.add_argument("--opt", default="sgd", type=str, help="optimizer")\n': """\
+    parser.add_argument("--opt", default="sgd", choices=["sgd"], help="optimizer")
+""",
     # after the warm start: noise, a constant lr, batch norm and dropout at rest
     "    for epoch in range(args.start_epoch, args.epochs):\n": """\
     for epoch in range(args.start_epoch, args.epochs):
@@ -70,7 +72,7 @@ import bkd_fast as bkd
     "    model.train()\n": "    model.train(epoch < args.warm_start)\n",
     # a draw every so many steps
     "        if model_ema and i % args.model_ema_steps == 0:\n": """\
-        if epoch >= args.burn_in and (i + 1) % args.draw_every == 0:
+        if epoch >= args.warm_start + args.burn_in and (i + 1) % args.draw_every == 0:
             draw()
 
         if model_ema and i % args.model_ema_steps == 0:
@@ -86,7 +88,7 @@ import bkd_fast as bkd
     parser.add_argument("--prior-strength", default=1.0, type=float, help="lambda: what the teacher weighs beside a label")
     parser.add_argument("--kd-temperature", default=1.0, type=float, help="of the prior")
     parser.add_argument("--warm-start", required=True, type=int, help="epochs at temperature 0")
-    parser.add_argument("--burn-in", required=True, type=int, help="epochs before the first draw, the warm start's included")
+    parser.add_argument("--burn-in", required=True, type=int, help="epochs from there to the first draw")
     parser.add_argument("--sampling-lr", required=True, type=float, help="lr after the warm start")
     parser.add_argument("--draw-every", default=500, type=int, help="steps")
 """,

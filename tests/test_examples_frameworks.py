@@ -23,10 +23,10 @@ from torch import nn
 import bkd_fast as bkd
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SIZE = {"warm_start": 30, "burn_in": 60, "epochs": 160}  # epochs of ten steps
+SIZE = {"warm_start": 30, "burn_in": 30, "epochs": 160}  # epochs of ten steps
 DIGITS = 0.95 - stats.SIGMAS * 0.008  # accuracy on 797 digits is some 95 %: standard error .8 %
 CHANCE = 0.1 + stats.SIGMAS * (0.1 * 0.9 / 200) ** 0.5  # guesses at 200 images do better 3 times in a million
-TINY = {"warm_start": 2, "burn_in": 4, "epochs": 8, "draw_every": 5}
+TINY = {"warm_start": 2, "burn_in": 2, "epochs": 8, "draw_every": 5}
 
 
 def _module(name):
@@ -171,7 +171,7 @@ def _run_example(name, *arguments):
 
 
 SAMPLING = {
-    "--warm-start": 6, "--burn-in": 7, "--epochs": 10, "--sampling-lr": 3e-4, "--draw-every": 3, "--prior-strength": 2,
+    "--warm-start": 6, "--burn-in": 1, "--epochs": 10, "--sampling-lr": 3e-4, "--draw-every": 3, "--prior-strength": 2,
     "--weight-decay": 1e-3, "--device": "cpu", "--batch-size": 50,
 }  # fmt: skip
 
@@ -225,3 +225,20 @@ def test_a_script_of_another_version_is_refused(tmp_path):
     for line, times in (("b = 2", 2), ("c = 3", 0)):
         with pytest.raises(ValueError, match=f"{times} times, and must have once, as v1 has:\n{line}"):
             script.edited(path, {line: ""}, "v1")
+
+
+def test_the_documented_lines_are_those_of_the_examples(monkeypatch):
+    """docs/frameworks.md: what a listing adds is in the example, and what it takes away is what the example looks for."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    text = (EXAMPLES.parent / "docs" / "frameworks.md").read_text()
+    listings = [listing.split("```")[0].splitlines() for listing in text.split("```diff\n")[1:]]
+    names = ["lightning_module", "accelerate_loop", "torchvision_reference", "timm_train"]
+    for name, listing in zip(names, listings, strict=True):
+        edits = _module(name).EDITS if name in names[2:] else None
+        new = (EXAMPLES / f"{name}.py").read_text() if edits is None else "".join(edits.values())
+        old = None if edits is None else "".join(edits)
+        for line in listing:
+            if line.startswith("+"):
+                assert f"{line[1:]}\n" in new, (name, line)
+            if line.startswith("-") and old is not None:
+                assert f"{line[1:]}\n" in old, (name, line)
