@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from processes import in_processes
 from rich.console import Console
+from safetensors import safe_open
 from torchvision_here import make_importable
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ from bkd_fast import BKDFastWarning
 from bkd_fast.app.cli import app
 from bkd_fast.app.config import ConfigError
 from bkd_fast.app.data import DataUnavailableError
-from bkd_fast.app.scale import images, networks
+from bkd_fast.app.scale import images, networks, upper
 from bkd_fast.app.scale.config import ImageFiles, Runtime, ScaleConfig
 from bkd_fast.app.scale.dry_run import examine
 from bkd_fast.app.scale.images import UndecodableImageError
@@ -298,3 +300,152 @@ def test_the_command_line_knows_the_kind(folder, tmp_path) -> None:
     assert shown.exit_code == 0 and "timm:test_resnet" in shown.output
     wrong = CliRunner().invoke(app, ["run", str(file), "--dry-run", "--set", "teacher.model=timm:test_resnot"])
     assert wrong.exit_code == 2 and "such as test_resnet" in wrong.output
+
+
+# ---- heads and last modules on recorded features ----
+
+
+@pytest.mark.parametrize(("sampled", "more"), [("head", ()), ("layer4", ("sampling.momentum=0.9",))])
+def test_upper_parts_are_sampled_on_recorded_features(folder, tmp_path, sampled, more) -> None:
+    settings = config(
+        folder, tmp_path / "run", f"sampling.sampled={sampled}", "sampling.chains=3", "teacher.mode=clean", *more
+    )
+    results = run(settings, Console(quiet=True))
+    assert results is not None
+    posterior = results.bkd
+    assert torch.isfinite(posterior.probs).all() and (results.upper > results.lower).any()
+    assert results.convergence is not None
+    with safe_open(tmp_path / "run" / "draws-0.safetensors", "pt") as kept:
+        names = list(kept.keys())
+    assert names and not any("conv1" in name and "layer" not in name for name in names)
+    # the features are those of the first run: another chain takes no time for them
+    stamp = (tmp_path / "run" / "features" / "train.bin").stat().st_mtime_ns
+    again = run(settings, Console(quiet=True))
+    assert (tmp_path / "run" / "features" / "train.bin").stat().st_mtime_ns == stamp
+    assert again is not None and torch.equal(again.bkd.probs, posterior.probs)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_resnet", "timm:test_efficientnet"])
+def test_a_network_in_two_is_the_network(name) -> None:
+    network = networks.build(name, CLASSES, 0).eval()
+    x = torch.randn(2, 3, 64, 64)
+    wheres = ["head"] + (["layer3", "layer4"] if "resnet" in name else [])
+    for where in wheres:
+        parts = upper.cut(network, where, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(parts.top(parts.body(x)), network(x))
+        assert {id(p) for p in parts.top.parameters()} < {id(p) for p in network.parameters()}
+    below = upper.cut(network, wheres[-1], 64)
+    assert (
+        not {id(p) for p in below.body.parameters()} & {id(p) for p in below.top.parameters()} or wheres[-1] == "head"
+    )
+
+
+def test_networks_that_are_not_cut_there() -> None:
+    network = networks.build("timm:test_vit", CLASSES, 0)
+    with pytest.raises(ConfigError, match=r"sampling.sampled = 'layer4': must be all, head, or one of patch_embed"):
+        upper.cut(network, "layer4", 160)
+    with pytest.raises(ConfigError, match=r"sampling.sampled = 'norm': the network is"):
+        upper.cut(network, "norm", 160)
+    with pytest.raises(ConfigError, match=r"no nn.Linear"):
+        upper.cut(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten()), "head", 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.chains=2"], "sampling.chains = 2 with sampling.sampled = all: must be 1"),
+        (["sampling.sampled=head"], "teacher.mode = online with sampling.sampled = head: must be clean"),
+        (["sampling.sampled=head", "teacher.mode=clean", "sampling.augment=true"], "sampling.augment = True"),
+        (["sampling.sampled=head", "teacher.mode=clean", "sampling.momentum=0.9"], "sampling.momentum = 0.9"),
+        (["sampling.sampled=head", "teacher.mode=clean", "teacher.top_k=2"], "teacher.top_k = 2"),
+        (["sampling.sampled=head", "teacher.mode=clean", "processes.chains=2"], "must be one chain and one shard"),
+    ],
+)
+def test_settings_that_upper_parts_do_not_go_with(folder, tmp_path, overrides, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(folder, tmp_path, *overrides)
+
+
+def test_a_dry_run_tells_the_features_disk(folder, tmp_path) -> None:
+    rows, problems = examine(config(folder, tmp_path / "run", "sampling.sampled=head", "teacher.mode=clean"))
+    assert not problems and "numbers an image" in rows["disk for features"] and "chains at once" in rows["sampled"]
+
+
+# ---- tar files ----
+
+
+@pytest.fixture(scope="module")
+def tars(folder, tmp_path_factory) -> Path:
+    """The images of `folder` as webdataset would write them: train-{00..02}.tar, test.tar."""
+    root = tmp_path_factory.mktemp("tars")
+    for part, files in (("train", [f"train-{i:02d}.tar" for i in range(3)]), ("test", ["test.tar"])):
+        images = sorted((folder / part).rglob("*.jpeg"))
+        for number, name in enumerate(files):
+            with tarfile.open(root / name, "w") as tar:
+                for i in range(len(images)):
+                    if i * len(files) // len(images) != number:
+                        continue
+                    tar.add(images[i], f"{i:06d}.jpg")
+                    text = images[i].parent.name.removeprefix("n").encode()
+                    info = tarfile.TarInfo(f"{i:06d}.cls")
+                    info.size = len(text)
+                    tar.addfile(info, io.BytesIO(text))
+    return root
+
+
+def test_tar_files_are_the_same_images(folder, tars) -> None:
+    ours = images.load(files(folder), 0)
+    theirs = images.load(ImageFiles(train=tars / "train-{00..02}.tar", test=tars / "test.tar", size=SIZE, resize=36), 0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(a[i][0], b[i][0]) for i in (0, 5, len(a) - 1))
+    loader = torch.utils.data.DataLoader(theirs[0], 8, num_workers=2)
+    assert torch.equal(torch.cat([y for _, y in loader]), ours[0].labels)
+
+
+def test_tar_files_that_lack_something(tars, tmp_path) -> None:
+    with pytest.raises(DataUnavailableError, match=r"there is no file .*train-03.tar"):
+        images.TarFiles(tars / "train-{00..03}.tar")
+    (tmp_path / "a.tar").write_bytes(b"no tar file")
+    with pytest.raises(DataUnavailableError, match=r"a.tar: is no tar file"):
+        images.TarFiles(tmp_path / "a.tar")
+    (tmp_path / "a.tar").unlink()
+    for kind, lacking in (("jpg", "a .cls"), ("cls", "an image")):
+        with tarfile.open(tmp_path / "b.tar", "w") as tar:
+            info = tarfile.TarInfo(f"x/000007.{kind}")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+        with pytest.raises(DataUnavailableError, match=f"x/000007 lacks {lacking}"):
+            images.TarFiles(tmp_path)
+
+
+# ---- real images ----
+
+
+@pytest.mark.skipif(
+    "BKD_FAST_DATA" not in os.environ, reason="BKD_FAST_DATA is not set: it names the folder with the data sets"
+)
+@pytest.mark.parametrize(
+    ("train", "test", "size", "count"),
+    [
+        ("tiny_imagenet_train_100_per_class.npz", "tiny_imagenet_val_25_per_class.npz", 32, 48),
+        ("imagenet_sample_1000.npz", "imagenet_sample_1000.npz", 64, 24),
+    ],
+)
+def test_real_images_through_the_same_path(tmp_path, train, test, size, count) -> None:
+    """Two epochs of a few dozen images of ImageNet's classes: every part runs; nothing can be learned from so few."""
+    data = Path(os.environ["BKD_FAST_DATA"])
+    values = {
+        "output": str(tmp_path / "run"),
+        "data": {"train": str(data / train), "test": str(data / test), "size": size, "resize": size + 4, "workers": 0,
+                 "train_size": count, "test_size": 12},
+        "teacher": {"model": "timm:test_resnet", "mode": "clean", "training": {"epochs": 2, "batch_size": 12, "lr": 0.05}},
+        "student": {"model": "timm:test_resnet", "training": {"epochs": 2, "batch_size": 12, "lr": 0.05}},
+        "sampling": {"lr": 1e-3, "batch_size": 12, "warm_start": 2, "burn_in": 2, "thin": 1, "num_draws": 4, "log_every": 2},
+        "posterior": {"keep": 2},
+    }  # fmt: skip
+    results = run(ScaleConfig.build(values), Console(quiet=True))
+    assert results is not None and (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    probabilities = results.bkd.probs
+    assert probabilities.shape[0] == 12 and torch.allclose(probabilities.sum(1), torch.ones(12).double(), atol=1e-3)

@@ -13,7 +13,8 @@ class ImageFiles(Section):
     """Where the images are, and how the networks see them."""
 
     train: Path = Field(
-        description="a folder with one folder of images a class, or an .npz of JPEGs (blob, offsets, labels)"
+        description="a folder with one folder of images a class; tar files of webdataset's form: one, a folder of them or "
+        "NAME-{0000..0099}.tar; or an .npz of JPEGs (blob, offsets, labels)"
     )
     test: Path = Field(description="likewise, of the same classes")
     train_size: PositiveInt | None = Field(default=None, description="training images, the first ones (null: all)")
@@ -95,8 +96,16 @@ class TeacherNetwork(Network):
 
 
 class Sampling(Chain):
-    """The chain, over all of the student's parameters: SGLD, or SGHMC where there is momentum."""
+    """The chain, over the student's parameters or its upper part's: SGLD, or SGHMC where there is momentum."""
 
+    sampled: str = Field(
+        default="all",
+        description="all; head: the last linear layer; or the name of a child module, with which the sampled part begins "
+        "(layer4 in torchvision's ResNets). What is below is fixed, and its features are recorded once",
+    )
+    chains: PositiveInt = Field(
+        default=1, description="chains at once, where not all is sampled (else: processes.chains)"
+    )
     batch_size: PositiveInt = Field(default=256, description="images per step, over all processes of a chain")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of SGHMC; 0: SGLD")
     augment: bool = Field(
@@ -143,3 +152,24 @@ class ScaleConfig(Root):
     processes: Processes = Processes()
     checkpoints: Saving = Saving()
     runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _upper_parts(self) -> Self:
+        chain, upper = self.sampling, self.sampling.sampled != "all"
+        head = chain.sampled == "head"
+        for wrong, key, value, allowed in (
+            (not upper and chain.chains > 1, "sampling.chains", chain.chains, "1: processes.chains has whole networks"),
+            (upper and chain.augment, "sampling.augment", True, "false: features are of one view of each image"),
+            (upper and self.teacher.mode != "clean", "teacher.mode", self.teacher.mode, "clean, as features are"),
+            (
+                head and self.teacher.top_k is not None,
+                "teacher.top_k",
+                self.teacher.top_k,
+                "null: heads take all logits",
+            ),
+            (head and chain.momentum > 0, "sampling.momentum", chain.momentum, "0: heads sample by SGLD"),
+            (upper and self.processes != Processes(), "processes", self.processes, "one chain and one shard"),
+        ):
+            if wrong:
+                raise ValueError(f"{key} = {value} with sampling.sampled = {chain.sampled}: must be {allowed}")
+        return self

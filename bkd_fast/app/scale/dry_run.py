@@ -10,7 +10,7 @@ from torch import nn
 import bkd_fast as bkd
 from bkd_fast.app.config import ConfigError
 from bkd_fast.app.models import count_parameters
-from bkd_fast.app.scale import images, networks
+from bkd_fast.app.scale import images, networks, upper
 from bkd_fast.app.scale.config import ScaleConfig
 
 MEASURED_STEPS = 3
@@ -54,6 +54,18 @@ def examine(config: ScaleConfig) -> tuple[dict[str, str], list[str]]:
         cache = config.teacher.views * len(train) * (width + 1)
         rows["disk for the teacher's logits"] = _size(cache)
         disk += cache
+    if config.sampling.sampled != "all":
+        plain = networks.build(config.student.model, classes, config.seed)
+        parts = upper.cut(plain, config.sampling.sampled, config.data.size)
+        with torch.no_grad():
+            width = parts.body(torch.zeros(1, 3, config.data.size, config.data.size)).numel()
+        features = HALF * width * (len(train) + len(test))
+        sampled = count_parameters(parts.top)
+        rows["sampled"] = (
+            f"{parts.name} and what is above: {sampled:,} parameters, {config.sampling.chains} chains at once"
+        )
+        rows["disk for features"] = f"{_size(features)}, {width:,} numbers an image"
+        disk += features
     for name, network in (("teacher", config.teacher), ("student", config.student)):
         if network.training is not None:
             _check_batch(network.training.batch_size, len(train), f"{name}.training.batch_size", problems)

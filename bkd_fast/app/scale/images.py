@@ -1,6 +1,8 @@
-"""Labelled images on disk, decoded one at a time: folders, archives of JPEGs, and views that their numbers determine."""
+"""Labelled images on disk, decoded one at a time: folders, tar files, JPEG archives, and views that their numbers determine."""
 
 import io
+import re
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,6 +110,81 @@ class JPEGArchive:
             return image.convert("RGB")
 
 
+class TarFiles:
+    """Tar files of webdataset's form: members KEY.jpg (or .jpeg, .png) and KEY.cls, a class number as text.
+
+    Only their tables of contents are read at first, and images at random then, so that order, views and resuming do not depend on
+    how the images are spread over files.
+
+    Raises:
+        DataUnavailableError: a file is missing or no tar file, or a key lacks its image or its class.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._files = _tar_files(path)
+        places, labels = [], []
+        for number, file in enumerate(self._files):
+            for key, (place, label) in _contents(file).items():
+                if place is None or label is None:
+                    lacking = "an image" if place is None else "a .cls"
+                    raise DataUnavailableError(f"{file}: {key} lacks {lacking}; must have KEY.jpg and KEY.cls")
+                places.append((number, *place))
+                labels.append(label)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)  # file, offset, bytes
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.class_names = tuple(map(str, range(max(labels) + 1)))
+
+    def name(self, index: int) -> str:
+        file, offset, _ = self._places[index]
+        return f"{self._files[file]} at byte {offset}"
+
+    def open(self, index: int) -> Image.Image:
+        file, offset, size = self._places[index]
+        with self._files[file].open("rb") as tar:
+            tar.seek(offset)
+            data = tar.read(size)
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+
+
+def _tar_files(path: Path) -> list[Path]:
+    """One file, those of a folder in the order of their names, or NAME-{first..last}.tar, which all have to be there."""
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path.name)
+    if found:
+        before, first, last, after = found.groups()
+        numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
+        files = [path.with_name(f"{before}{number}{after}") for number in numbers]
+    else:
+        files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise DataUnavailableError(f"{path}: there is no file {missing[0] if missing else '*.tar'}")
+    return files
+
+
+def _contents(file: Path) -> dict[str, tuple[tuple[int, int] | None, int | None]]:
+    """Of every key: where its image's bytes are, and its class."""
+    found: dict[str, tuple[tuple[int, int] | None, int | None]] = {}
+    try:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                place, label = found.get(f"{folder}/{key}", (None, None))
+                if kind in ("jpg", "jpeg", "png"):
+                    place = member.offset_data, member.size
+                elif kind == "cls":
+                    text = tar.extractfile(member)
+                    assert text is not None
+                    label = int(text.read())
+                else:
+                    continue
+                found[f"{folder}/{key}"] = place, label
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataUnavailableError(f"{file}: is no tar file of images and their classes ({error})") from error
+    return found
+
+
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Images as networks take them: (x, label), x float32 (3, size, size).
 
@@ -196,7 +273,11 @@ def load(files: ImageFiles, seed: int) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _source(path: Path) -> Source:
-    return JPEGArchive(path) if path.suffix == ".npz" else ImageFolder(path)
+    if path.suffix == ".npz":
+        return JPEGArchive(path)
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        return TarFiles(path)
+    return ImageFolder(path)
 
 
 def _first(images: LabelledImages, count: int | None, key: str, files: ImageFiles, seed: int) -> LabelledImages:

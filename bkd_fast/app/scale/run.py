@@ -6,7 +6,7 @@ Each of the three is `sample` with checkpoints: a point estimate is a chain at t
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,7 +29,7 @@ from bkd_fast.app.log import ChainLog, Log
 from bkd_fast.app.models import count_parameters
 from bkd_fast.app.results import Convergence, Coverage, Results, Timings, Trace
 from bkd_fast.app.run import COVERAGE_LEVELS, Outputs, coverage
-from bkd_fast.app.scale import images, networks
+from bkd_fast.app.scale import images, networks, upper
 from bkd_fast.app.scale.config import Network, PointTraining, ScaleConfig
 from bkd_fast.app.scores import Prediction
 from bkd_fast.collectives import gather, processes, rank
@@ -228,55 +228,113 @@ class _Job:
     ) -> float:
         """Run this process's part of the chain into `self.posterior`; the seconds that the posterior took."""
         settings, place = self.config.sampling, self.place
-        model = place.parallel(_copy_of(student, self.config, self.classes, place.device))
-        arguments: dict[str, Any] = {
-            "num_data": len(self.train),
-            "temperature": settings.temperature,
-            "prior_precision": settings.prior_precision,
-            "seed": self.config.seed,
-            "chain": place.chain,
-        }
-        kind: Callable[..., Any] = bkd.SGLD
-        if settings.momentum:
-            kind, arguments["momentum"] = bkd.SGHMC, settings.momentum
-        sampler = kind(model.named_parameters(), settings.lr, **arguments)
-        batches = self._batches(
-            settings.batch_size, self.config.seed + 2 + place.chain, cache, place.shard, settings.augment
-        )
         self.posterior = bkd.PosteriorPredictive(
             len(self.rows), self.classes, labels=self.test.labels[self.rows], diagnostics=True,
             num_draws=settings.num_draws if settings.num_draws > 1 else None, device=place.device,
         )  # fmt: skip
         self.posterior.choose_classes_by(student_logits[self.rows])  # alike in all chains
-        first = int(self.rows[0]) if len(self.rows) else 0
-        saved = self._checkpoints(
-            "chain", chain=place.chain, posterior=self.posterior, rows=(first, len(self.test)), loader=batches
-        )
+        if settings.sampled == "all":
+            sampler, chain = self._whole_chain(student, loss, teacher, cache, trace)
+            test: Iterable[Any] = self.test_loader
+        else:
+            assert cache is not None
+            sampler, chain, test = self._upper_chain(student, loss, cache, trace)
         keeps = place.shard[0] == 0
         draws = None
         seconds = 0.0
-        for draw in bkd.sample(
-            model, sampler, loss, batches, teacher=teacher, warm_start=settings.warm_start, burn_in=settings.burn_in,
-            thin=settings.thin, num_draws=settings.num_draws, progress=self.console.is_terminal and self.first,
-            callbacks=[saved, trace],
-        ):  # fmt: skip
+        for draw in chain:
             begin = time.perf_counter()
-            self.posterior.update(draw, self.test_loader)
+            self.posterior.update(draw, test)
             if keeps and draws is None:
                 file = self.config.output / f"draws-{place.chain}.safetensors"
                 draws = bkd.Draws(file, draw.model, keep=self.config.posterior.keep)
-            if draws is not None and draw.index >= draws.offered:  # a run that goes on makes some again
+            # a run that goes on makes some again; of chains at once the first one's are kept
+            if draws is not None and draw.chain == place.chain and draw.index >= draws.offered:
                 draws.add(draw)
             seconds += time.perf_counter() - begin
         self.posterior.flush()
         if draws is not None:
             draws.write_card(
                 data_hash=bkd.data_hash(self.train.ids, self.train.labels),
-                sampler=sampler,
+                sampler=sampler if isinstance(sampler, torch.optim.Optimizer) else None,
                 health={"noise_share": trace.noise_share, "stationarity": trace.stationarity},
-                notes={"data": str(self.config.data.train.name), "title": self.config.title},
+                notes={"data": self.config.data.train.name, "title": self.config.title, "sampler": repr(sampler)},
             )
         return seconds
+
+    def _whole_chain(
+        self,
+        student: nn.Module,
+        loss: bkd.KDLoss,
+        teacher: nn.Module | None,
+        cache: bkd.TeacherCache | None,
+        trace: ChainLog,
+    ) -> tuple[Any, Iterator[bkd.Draw]]:
+        """The sampler of all parameters, and its draws."""
+        settings, place = self.config.sampling, self.place
+        model = place.parallel(_copy_of(student, self.config, self.classes, place.device))
+        batches = self._batches(
+            settings.batch_size, self.config.seed + 2 + place.chain, cache, place.shard, settings.augment
+        )
+        return self._chain(model, 1, loss, batches, teacher, trace)
+
+    def _upper_chain(
+        self, student: nn.Module, loss: bkd.KDLoss, cache: bkd.TeacherCache, trace: ChainLog
+    ) -> tuple[Any, Iterator[bkd.Draw], Iterable[Any]]:
+        """The sampler of the student's head or upper modules, its draws, and the test images as they see them."""
+        config, device = self.config, self.place.device
+        settings = config.sampling
+        network = networks.build(config.student.model, self.classes, config.seed)
+        network.load_state_dict(student.state_dict())
+        parts = upper.cut(network, settings.sampled, config.data.size)
+        body = networks.prepared(parts.body, config.runtime, device)
+        whose = {
+            "network": bkd.fingerprint_of(network),
+            "below": parts.name,
+            "images": f"{config.data.size}/{config.data.resize}, {bkd.data_hash(self.train.ids, self.test.ids)}",
+        }
+        caches = [
+            upper.record(
+                body, images, config.output / "features" / name, {**whose, "part": name}, shuffled=order,
+                workers=config.data.workers, device=device,
+            )
+            for name, images, order in (("train", self.train, config.seed), ("test", self.test, None))
+        ]  # fmt: skip
+        top = parts.top.to(device)
+        batches = bkd.FeatureBatches(
+            caches[0], cache, batch_size=settings.batch_size, seed=config.seed + 2, dtype=torch.float32
+        )
+        if isinstance(top, nn.Linear):
+            sampler, draws = upper.head_draws(
+                top, batches, loss, settings, len(self.train), config.seed, device, [trace]
+            )
+        else:
+            model = bkd.StackedModule(top, settings.chains) if settings.chains > 1 else top
+            sampler, draws = self._chain(model, settings.chains, loss, upper.Stream(batches), None, trace)
+        return sampler, draws, upper.Rows(caches[1])
+
+    def _chain(
+        self, model: nn.Module, chains: int, loss: bkd.KDLoss, batches: Any, teacher: nn.Module | None, trace: ChainLog
+    ) -> tuple[Any, Iterator[bkd.Draw]]:
+        """The configured sampler of a model's parameters and its draws, with checkpoints."""
+        settings = self.config.sampling
+        arguments: dict[str, Any] = {"chains": chains} if chains > 1 else {}
+        kind: Callable[..., Any] = bkd.SGLD
+        if settings.momentum:
+            kind, arguments["momentum"] = bkd.SGHMC, settings.momentum
+        sampler = kind(
+            model.named_parameters(), settings.lr, num_data=len(self.train), temperature=settings.temperature,
+            prior_precision=settings.prior_precision, seed=self.config.seed, chain=self.place.chain, **arguments,
+        )  # fmt: skip
+        first = int(self.rows[0]) if len(self.rows) else 0
+        saved = self._checkpoints(
+            "chain", chain=self.place.chain, posterior=self.posterior, rows=(first, len(self.test)), loader=batches
+        )
+        return sampler, bkd.sample(
+            model, sampler, loss, batches, teacher=teacher, warm_start=settings.warm_start, burn_in=settings.burn_in,
+            thin=settings.thin, num_draws=settings.num_draws, progress=self.console.is_terminal and self.first,
+            callbacks=[saved, trace],
+        )  # fmt: skip
 
     def _pooled(self) -> bkd.PosteriorPredictive | None:
         """The posterior of all chains and test images, on the first process and its CPU; its stretches of rows stay on disk."""
