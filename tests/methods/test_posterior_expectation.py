@@ -11,6 +11,7 @@ import bkd_fast as bkd
 from bkd_fast.app import config, data
 from bkd_fast.app.experiments.common import fit, logits_of, seeded
 from bkd_fast.methods.dirichlet import Dirichlet
+from bkd_fast.methods.group_lasso import GroupLasso, norms_of, prune
 from bkd_fast.methods.posterior_expectation import (
     ExpectedEntropy,
     PosteriorExpectation,
@@ -278,6 +279,36 @@ def test_the_inputs_noise_has_its_standard_deviation_and_is_new_at_every_step():
     assert abs(float((first * second).mean()) / 0.25) < 5 / math.sqrt(10_000)
 
 
+def test_a_wide_student_is_pruned_and_goes_on_with_what_the_means_remember():
+    """The search for a width: lasso, prune, fine-tune; the student without the units says what the wide one said."""
+    wide = seeded(lambda: nn.Sequential(nn.Linear(FEATURES, 40), nn.ReLU(), nn.Linear(40, CLASSES)), 0)
+    distillation = distil(Predictive(), student=wide)
+    # 500 steps of 0.1 * 0.025 shorten a unit by 1.25 in all, more than any unit's norm: those left are fed by the loss
+    assert float(norms_of(wide[0]).detach().max()) < 1
+    GroupLasso(wide, 0.025).follow(distillation.optimizer)
+    models = draws(4)
+    for model in models:  # confident ones, of which there is something to learn
+        model[2].weight.data *= 10
+    for step in range(500):
+        distillation.update(models[step % 4])
+    said, remembered = distillation.predict(inputs())[0], distillation.means[0].clone()
+    smaller = prune(wide)
+    assert 0 < smaller[0].out_features < 20
+    distillation.student, distillation.optimizer = smaller, torch.optim.SGD(smaller.parameters(), 0.1)
+    torch.testing.assert_close(distillation.predict(inputs())[0], said)
+    assert torch.equal(distillation.means[0], remembered)
+
+    def divergence() -> float:
+        return float(
+            functional.kl_div(distillation.predict(inputs())[0].log(), distillation.means[0], reduction="batchmean")
+        )
+
+    shrunk = divergence()
+    for step in range(200):
+        distillation.update(models[step % 4])
+    assert divergence() < shrunk, "what the penalty took from the units that are left comes back"
+
+
 # ---- going on ----
 
 
@@ -434,5 +465,4 @@ def test_students_of_digits_are_near_the_posterior_predictive_and_better_than_on
     assert abs(ours - teacher) < (theirs - teacher) / 4, (teacher, ours, theirs)
     found = uncertainty(probs, entropy)
     for mine, exact in ((entropy, posterior.expected_entropy), (found.knowledge, posterior.mutual_information)):
-        print(float(torch.corrcoef(torch.stack([mine, exact]))[0, 1]))
         assert float(torch.corrcoef(torch.stack([mine, exact]))[0, 1]) > 0.5

@@ -245,8 +245,8 @@ def run_foreign(seed: int, settings: Settings) -> Mapping[str, Mapping[str, floa
 
 SOURCE = "Vadera, Cobb, Jalaian and Marlin, Generalized Bayesian Posterior Expectation Distillation, UAI 2020"
 DEVIATIONS = (
-    f"quick is not the paper's protocol, and its numbers are not to be compared with the published ones: {QUICK.train:,} images to "
-    f"learn and distil from, not {FULL.train:,}; a chain of {QUICK.steps:,} steps at the same lr of "
+    f"quick is not the paper's protocol, and its numbers are not to be compared with the published ones: {QUICK.train:,} images "
+    f"to learn and distil from, not {FULL.train:,}; a chain of {QUICK.steps:,} steps at the same lr of "
     f"{QUICK.train * QUICK.eta / 2:.2g}, not of {FULL.steps:,}; students that take {QUICK.updates:,} steps, one every "
     f"{QUICK.predictive_thin}, not {FULL.updates:,} (predictive, every {FULL.predictive_thin}) and "
     f"{(FULL.steps - FULL.burn_in) // FULL.entropy_thin:,} (entropy, every {FULL.entropy_thin})",
