@@ -53,8 +53,11 @@ class Checkpoints(Callback):
         posterior: to be saved and put back, too.
         rows: with a posterior of a part of the rows, the first of them and the number of all, such as (rows[0], num_rows).
         loader: of the training batches; None: the position in the data is not kept.
+        others: what else goes on with the run, by name: anything whose state_dict `torch.load` reads with weights_only=True, such
+            as callbacks that learn from draws. Each process keeps that of its chain; processes of one chain must have it alike.
 
     Raises:
+        TypeError: one of `others` without state_dict and load_state_dict.
         ValueError: every or keep below 1.
     """
 
@@ -68,10 +71,17 @@ class Checkpoints(Callback):
         posterior: PosteriorPredictive | None = None,
         rows: tuple[int, int] | None = None,
         loader: Any = None,
+        others: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (("every", every), ("keep", keep)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r}: must be an int of at least 1")
+        self.others = dict(others or {})
+        for name, other in self.others.items():
+            if not (hasattr(other, "state_dict") and hasattr(other, "load_state_dict")):
+                raise TypeError(
+                    f"others[{name!r}] is a {type(other).__name__}: must have state_dict and load_state_dict"
+                )
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.chain, self.posterior, self.loader = chain, posterior, loader
         self.first_row, self.num_rows = rows or (0, 0 if posterior is None else posterior.num_rows)
@@ -174,7 +184,9 @@ class Checkpoints(Callback):
 
         student, sampler = self._run.student, self._run.sampler
         state = {"student": get_model_state_dict(student), "sampler": get_optimizer_state_dict(student, sampler)}
-        return {f"chain{self.chain}": {**state, "quantiles": _Packed(sampler.state_dict().get("quantiles"))}}
+        quantiles = _Packed(sampler.state_dict().get("quantiles"))
+        others = {name: _Packed(other.state_dict()) for name, other in self.others.items()}
+        return {f"chain{self.chain}": {**state, "quantiles": quantiles, "others": others}}
 
     def _write_posterior(self, folder: Path) -> dict[str, Any] | None:
         """What the manifest says of the posterior's file; without a draw there is none."""
@@ -185,7 +197,13 @@ class Checkpoints(Callback):
 
     def _description(self) -> dict[str, Any]:
         loader = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
-        return {"chain": self.chain, "run": self._run.state_dict(), "loader": loader, "num_rows": self.num_rows}
+        return {
+            "chain": self.chain,
+            "run": self._run.state_dict(),
+            "loader": loader,
+            "num_rows": self.num_rows,
+            "others": [*self.others],
+        }
 
     def _finish(self, unfinished: Path, everybody: list[Any]) -> None:
         chains = {description["chain"]: description for description, _, _ in everybody}
@@ -233,6 +251,8 @@ class Checkpoints(Callback):
         mine = manifest["chains"][self.chain]
         if self.posterior is not None and mine["num_rows"] != self.num_rows:
             raise StateFileError(f"{path.name} has posteriors of {mine['num_rows']} rows: must have {self.num_rows}")
+        if missing := [name for name in self.others if name not in mine.get("others", ())]:  # earlier versions had none
+            raise StateFileError(f"{path.name} lacks {', '.join(missing)}: must have all of others, as this run")
         if mine["loader"] is not None and hasattr(self.loader, "load_state_dict"):
             self.loader.load_state_dict(mine["loader"])
         self._read_tensors(path)
@@ -258,6 +278,8 @@ class Checkpoints(Callback):
         quantiles = mine["quantiles"].value()
         if quantiles is not None:
             sampler.load_state_dict({**sampler.state_dict(), "quantiles": quantiles})
+        for name, other in self.others.items():
+            other.load_state_dict(mine["others"][name].value())
 
     def _read_posterior(self, path: Path, parts: list[Mapping[str, Any]]) -> None:
         """The rows of this process, out of the stretches that were saved."""

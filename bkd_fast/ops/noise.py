@@ -20,6 +20,7 @@ class Tag(IntEnum):
     INITIAL_MOMENTUM = 2
     SECOND_NORMAL = 3
     DATA_ORDER = 4
+    DISTILLATION = 5
 
 
 # The counter's fields: name -> the first value that does not fit.

@@ -76,6 +76,12 @@ def test_a_page_says_what_was_run_and_how_to_read_it(tmp_path):
     assert page(json.loads(data.read_text())) == shown
 
 
+def test_a_quick_run_may_be_less_than_the_published_setting():
+    made_up = experiment(comparison="same data, same protocol", quick_comparison="same method, other data")
+    shown = {scale: page(reproduce(made_up, scale, [0])) for scale in ("full", "quick")}
+    assert "compare the numbers." in shown["full"] and "not the published setting" in shown["quick"]
+
+
 @pytest.mark.parametrize("name", experiments.MODULES)
 def test_every_experiment_runs(name):
     chosen = experiments.load(name)

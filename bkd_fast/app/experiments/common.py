@@ -59,7 +59,7 @@ def predictive(logits: Tensor) -> bkd.PosteriorPredictive:
     return summary
 
 
-class _Figures(bkd.Callback):
+class HealthOf(bkd.Callback):
     def on_end(self, health: bkd.Health) -> None:
         self.health = health
 
@@ -100,7 +100,7 @@ def sample_posterior(
     lr = min(step_size.lr * noise_share / step_size.noise_share[0], 0.25 / step_size.largest_curvature)
     for group in sampler.param_groups:
         group["lr"] = lr
-    figures = _Figures()
+    figures = HealthOf()
     loaders = [Batches(x, batch_size=EVALUATION_BATCH) for x in tests]
     posteriors: list[bkd.PosteriorPredictive] = []
     traces: list[Tensor] = []

@@ -31,7 +31,7 @@ class Experiment(Generic[Settings]):
         name: on the command line.
         title: one line.
         source: the paper, and where in it the published figures stand.
-        comparison: what may be compared with them.
+        comparison: what may be compared with them; `quick_comparison` where it is another for `quick` and `tiny`.
         run: of one seed, {row: {figure: value}}; figures that a row has not are left out.
         full, quick, tiny: settings; for the published scale, for minutes on a CPU, and for a test's seconds.
         columns: the figures of the table, in its order.
@@ -52,6 +52,7 @@ class Experiment(Generic[Settings]):
     published: Figures = field(default_factory=dict)
     deviations: Sequence[str] = ()
     seeds: int = 3
+    quick_comparison: Comparison | None = None
 
 
 def reproduce(
@@ -70,7 +71,9 @@ def reproduce(
         "name": experiment.name,
         "title": experiment.title,
         "source": experiment.source,
-        "comparison": experiment.comparison,
+        "comparison": experiment.comparison
+        if scale == "full"
+        else experiment.quick_comparison or experiment.comparison,
         "command": f"bkd-fast reproduce {experiment.name}{' --full' if scale == 'full' else ''} --seeds {len(seeds)}",
         "scale": scale,
         "seeds": list(seeds),
