@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "teacher_cache": {"ops", "posterior", "collectives"},
     "features": {"posterior"},
     "heads": {"sampling", "energy", "distill", "ops"},
+    "methods": {"sampling", "samplers", "energy", "distill", "posterior", "ops", "stacked", "sketch", "heads"},
 }
 ANYTHING = {"app", "__init__", "__main__"}  # app stands on top; the package's face shows what it chooses
 
