@@ -10,6 +10,7 @@ MODULES: dict[str, str] = {
     **dict.fromkeys(("cmi-few-shot", "cmi-zero-shot", "cmi-known-truth"), "cmi"),
     "gped-mnist": "gped",
     "gped-ood": "gped",
+    "faithful-mnist": "faithful_mnist",
 }
 
 
