@@ -91,17 +91,20 @@ class ExpectedEntropy(Expectation):
         return entropy
 
     def loss(self, g: Tensor, counts: Tensor | None, output: Tensor) -> Tensor:
-        return (_poisson(g, output) if counts is None else (g - output.exp()).abs())[:, 0]
+        if counts is None:
+            return functional.poisson_nll_loss(output, g, reduction="none")[:, 0]
+        return (g - output.exp()).abs()[:, 0]
 
     def read(self, output: Tensor) -> Tensor:
         return output[:, 0].exp()
 
 
 class Variance(Expectation):
-    """The variance over draws of every class's probability, with n - 1: reads as exp(o), (B, C). Ours, not the paper's.
+    """The variance over draws of every class's probability, with n - 1: reads as sigmoid(o) / 4, (B, C). Ours, not the paper's.
 
     It is no mean of something that one draw has, so it needs memory, of p and p^2: in float32 known to about 1e-7. Points of
-    one draw teach nothing. The loss is exp(o) - v o, summed over classes, whose minimum lies at the mean v of points alike.
+    one draw teach nothing. A variance v of numbers in [0, 1] is at most 1/4: the loss is the binary cross entropy of 4 v, summed
+    over classes, whose minimum lies at the mean v of points alike.
     """
 
     memory = "required"
@@ -121,10 +124,11 @@ class Variance(Expectation):
         mean, square = g.chunk(2, 1)
         n = counts[:, None]
         variance = (square - mean.square()).clamp_min(0) * n / (n - 1).clamp_min(1)
-        return torch.where(n > 1, _poisson(variance, output), 0).sum(1)
+        losses = functional.binary_cross_entropy_with_logits(output, 4 * variance, reduction="none")
+        return torch.where(n > 1, losses, 0).sum(1)
 
     def read(self, output: Tensor) -> Tensor:
-        return output.exp()
+        return output.sigmoid() / 4
 
 
 class Quantiles(Expectation):
@@ -170,11 +174,6 @@ class Quantiles(Expectation):
 
     def _by_level(self, output: Tensor) -> Tensor:
         return output.view(len(output), len(self.levels), -1)
-
-
-def _poisson(g: Tensor, output: Tensor) -> Tensor:
-    """exp(o) - g o: among its minima exp(o) = E g, for any g >= 0."""
-    return functional.poisson_nll_loss(output, g, reduction="none")
 
 
 class Uncertainty(NamedTuple):
