@@ -33,6 +33,9 @@ MAY_IMPORT = {
     "teacher_cache": {"ops", "posterior", "collectives"},
     "features": {"posterior"},
     "heads": {"sampling", "energy", "distill", "ops"},
+    "methods": {
+        "sampling", "energy", "samplers", "distill", "posterior", "ops", "collectives", "sharding", "stacked", "heads",
+    },
 }
 ANYTHING = {"app", "__init__", "__main__"}  # app stands on top; the package's face shows what it chooses
 

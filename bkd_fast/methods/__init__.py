@@ -1,0 +1,1 @@
+"""The published methods around Bayesian knowledge distillation, one file each."""
