@@ -166,21 +166,22 @@ static const char* fault_name(bkd::Fault fault) {
     case bkd::Fault::target_on_masked_class: return "target_on_masked_class";
     case bkd::Fault::teacher_index_out_of_range: return "teacher_index_out_of_range";
     case bkd::Fault::teacher_index_repeated: return "teacher_index_repeated";
+    case bkd::Fault::target_sum_not_one: return "target_sum_not_one";
   }
   return "unknown";
 }
 
 void bind_kd(py::module_& m) {
   m.def("kd_energy", [](Address logits, const std::string& logits_dtype, Address teacher, const std::string& teacher_dtype,
-                        Address indices, bool wide_indices, Address rest, int64_t top, Address labels, Address soft,
-                        const std::string& soft_dtype, Address weights, bool weights_per_row, Address gradient, Address energy,
+                        bool teacher_by_label, Address indices, bool wide_indices, Address rest, int64_t top, Address labels, Address soft,
+                        const std::string& soft_dtype, bool signed_target, Address weights, bool weights_per_row, Address gradient, Address energy,
                         int64_t chains, int64_t rows, int64_t classes, int64_t teachers, const std::string& prior,
                         bool teacher_is_probs, double prior_strength, double temperature, double label_weight,
                         double label_smoothing, double tolerance_teacher, double tolerance_target, double scale,
                         int64_t ignore_index, int threads) {
     bkd::KdCall call;
     call.settings = {classes, teachers, prior_named(prior), teacher_is_probs, prior_strength, temperature, label_weight,
-                     label_smoothing, tolerance_teacher, tolerance_target, scale};
+                     label_smoothing, tolerance_teacher, tolerance_target, signed_target, scale};
     call.chains = chains;
     call.rows = rows;
     call.ignore_index = ignore_index;
@@ -188,6 +189,7 @@ void bind_kd(py::module_& m) {
     call.logits_storage = storage_named(logits_dtype);
     call.teacher = pointer(teacher);
     call.teacher_storage = storage_named(teacher_dtype);
+    call.teacher_by_label = teacher_by_label;
     call.indices = pointer(indices);
     call.wide_indices = wide_indices;
     call.rest = pointer<float>(rest);
@@ -205,8 +207,8 @@ void bind_kd(py::module_& m) {
       result = bkd::kd_energy(call, threads);
     }
     return py::make_tuple(result.energy, result.bad_row, fault_name(result.fault));
-  }, py::arg("logits"), py::arg("logits_dtype"), py::arg("teacher"), py::arg("teacher_dtype"), py::arg("indices"),
-     py::arg("wide_indices"), py::arg("rest"), py::arg("top"), py::arg("labels"), py::arg("soft"), py::arg("soft_dtype"),
+  }, py::arg("logits"), py::arg("logits_dtype"), py::arg("teacher"), py::arg("teacher_dtype"), py::arg("teacher_by_label"), py::arg("indices"),
+     py::arg("wide_indices"), py::arg("rest"), py::arg("top"), py::arg("labels"), py::arg("soft"), py::arg("soft_dtype"), py::arg("signed_target"),
      py::arg("weights"), py::arg("weights_per_row"), py::arg("gradient"), py::arg("energy"), py::arg("chains"), py::arg("rows"),
      py::arg("classes"), py::arg("teachers"), py::arg("prior"), py::arg("teacher_is_probs"), py::arg("prior_strength"),
      py::arg("temperature"), py::arg("label_weight"), py::arg("label_smoothing"), py::arg("tolerance_teacher"),

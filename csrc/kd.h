@@ -29,6 +29,8 @@ enum class Fault : int {
   // of a top-k teacher, and looked for before anything but the label
   teacher_index_out_of_range,  // not a class
   teacher_index_repeated,      // a class that the row has named before
+  // of signed soft labels, in the place of target_not_probabilities
+  target_sum_not_one,          // not finite, or a sum that is not 1
 };
 
 // What all rows of a call share.
@@ -43,6 +45,7 @@ struct KdSettings {
   double label_smoothing;
   double sum_tolerance_teacher;  // how far from 1 a row of probabilities may sum
   double sum_tolerance_target;
+  bool signed_target;      // soft labels may be negative
   double scale;            // factor of the gradient: 1, or 1 / rows for a mean
 };
 
@@ -144,6 +147,15 @@ BKD_HD bool is_distribution(const Real* p, int64_t n, double tolerance) {
   return excess <= tolerance && excess >= -tolerance;
 }
 
+// Whether signed shares are finite and sum to 1, by as many roundings as they are larger than probabilities.
+template <class Real>
+BKD_HD bool sums_to_one(const Real* p, int64_t n, double tolerance) {
+  const double size = sum_over(n, [=](int64_t k) { return p[k] < 0 ? -p[k] : p[k]; });
+  const double excess = sum_over(n, [=](int64_t k) { return p[k]; }) - 1.0;
+  const double allowed = tolerance * (size < 1 ? 1.0 : size);
+  return size < kInfinity && excess <= allowed && excess >= -allowed;
+}
+
 // A softmax and its logarithm at temperature T from logits or, in their stead, log probabilities.
 template <class Real>
 BKD_HD void tempered_softmax(const Real* logits, int64_t n, double temperature, Real* p, Real* log_p) {
@@ -188,10 +200,10 @@ BKD_HD Fault teacher_distribution(const KdSettings& s, const Real* teacher, Real
   return Fault::none;
 }
 
-// CE(p, q_T) = -sum_k p_k log q_k, where 0 log 0 = 0.
+// CE(p, q_T) = -sum_k p_k log q_k, where 0 log 0 = 0; p may be signed.
 template <class Real>
 BKD_HD double cross_entropy(const Real* p, const Real* log_q, int64_t n) {
-  return -sum_over(n, [=](int64_t k) { return choose(p[k] > 0, p[k] * log_q[k], (Real)0); });
+  return -sum_over(n, [=](int64_t k) { return choose(p[k] != 0, p[k] * log_q[k], (Real)0); });
 }
 
 // Adds the mixture prior: energy -log sum_m w_m Dir(q_T; 1 + lambda p_m). `p` is (teachers, classes), their entropies in
@@ -277,8 +289,12 @@ BKD_HD Fault label_energy(const KdSettings& s, const KdRow<Real>& row, const Rea
   const Real lowest = (Real)-kInfinity;
   double mass = 1, hit = 0;  // sum_k y_k and sum_k y_k log q_k of the unsmoothed label
   if (soft) {
-    if (!is_distribution(soft, n, s.sum_tolerance_target)) return Fault::target_not_probabilities;
-    if (any_of(n, [=](int64_t k) { return (soft[k] > 0) & (row.logits[k] == lowest); })) return Fault::target_on_masked_class;
+    if (s.signed_target) {
+      if (!sums_to_one(soft, n, s.sum_tolerance_target)) return Fault::target_sum_not_one;
+    } else if (!is_distribution(soft, n, s.sum_tolerance_target)) {
+      return Fault::target_not_probabilities;
+    }
+    if (any_of(n, [=](int64_t k) { return (soft[k] != 0) & (row.logits[k] == lowest); })) return Fault::target_on_masked_class;
     mass = sum_over(n, [=](int64_t k) { return soft[k]; });
     hit = -cross_entropy(soft, log_q, n);
   } else {

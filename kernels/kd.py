@@ -25,6 +25,7 @@ from bkd_fast.kernels.kd_row import (
     NAN,
     NONE,
     PRIORS,
+    SIGNED,
     SOFT,
     Coefficients,
     add_tile,
@@ -42,6 +43,7 @@ from bkd_fast.kernels.kd_row import (
     streamed,
     sums_of_row,
     teacher_exponent,
+    teacher_row,
     total_of,
     zero_sums,
 )
@@ -54,8 +56,8 @@ from bkd_fast.kernels.kd_topk import add_teacher, read_rest, store_named, top_of
 def on_chip(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, blocks, ignore_index, strength,
             inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target,
             REAL: tl.constexpr, CLASSES: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr,
-            LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+            LABELS: tl.constexpr, SMOOTHED: tl.constexpr, BY_LABEL: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr,
+            ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """ROWS rows per program, each in CHUNKS tiles of BLOCK columns that stay in registers as they are stored."""
     s = settings_of(
         strength, inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target, REAL
@@ -68,10 +70,10 @@ def on_chip(logits, teacher, labels, soft, indices, rest, gradient, energy, rows
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
     t_base, y_base, i_base = z_base, z_base, indices
     if PRIOR != NONE:
-        t_base = teacher + row * (TOP if TOP else CLASSES)
+        t_base = teacher + teacher_row(labels, row, inside, CLASSES, BY_LABEL) * (TOP if TOP else CLASSES)
     if TOP:
         i_base = indices + row * TOP
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         y_base = soft + row * CLASSES
     lane = tl.arange(0, BLOCK)[None, :]
     TILED: tl.constexpr = streamed(PRIOR, TOP)
@@ -107,7 +109,7 @@ def on_chip(logits, teacher, labels, soft, indices, rest, gradient, energy, rows
 
     label, out_of_range, x_label = tl.full((ROWS, 1), -1, tl.int32), inside & (row < 0), z_top
     if LABELS == HARD:
-        label, out_of_range = read_labels(labels, row, inside, ignore_index, s.label_weight, CLASSES)
+        label, out_of_range = read_labels(labels, row, inside, ignore_index, s.label_weight, CLASSES, BY_LABEL)
         x_label = tl.load(z_base + tl.maximum(label, 0), mask=inside, other=0.0).to(REAL) - z_top
         x_label = tl.where(label >= 0, x_label, 0.0)
     e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED)
@@ -128,11 +130,11 @@ def on_chip(logits, teacher, labels, soft, indices, rest, gradient, energy, rows
 
 @triton.jit
 def label_of_row(labels, row, rows, z_base, z_top, ignore_index, s, REAL: tl.constexpr, CLASSES: tl.constexpr,
-                 LABELS: tl.constexpr):  # fmt: skip
+                 LABELS: tl.constexpr, BY_LABEL: tl.constexpr):  # fmt: skip
     """Of one row: its label or -1, whether the label is out of range, and the label's logit less the largest."""
     label, out_of_range, x_label = tl.full((), -1, tl.int32), row < 0, z_top
     if LABELS == HARD:
-        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES)
+        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES, BY_LABEL)
         x_label = tl.where(label >= 0, tl.load(z_base + tl.maximum(label, 0)).to(REAL) - z_top, 0.0)
     return label, out_of_range, x_label
 
@@ -157,7 +159,7 @@ def _write_tile(g_base, z_base, t_base, y_base, column, label, z_top, t_top, t_r
 def tiled(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, blocks, ignore_index, strength,
           inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target,
           REAL: tl.constexpr, CLASSES: tl.constexpr, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr,
-          LABELS: tl.constexpr, SMOOTHED: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr,
+          LABELS: tl.constexpr, SMOOTHED: tl.constexpr, BY_LABEL: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     """One row per program, read twice; the second time backwards, so that it begins with what the caches still hold."""
     s = settings_of(
@@ -169,10 +171,10 @@ def tiled(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, 
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
     t_base, y_base, i_base = z_base, z_base, indices
     if PRIOR != NONE:
-        t_base = teacher + row * (TOP if TOP else CLASSES)
+        t_base = teacher + teacher_row(labels, row, row < rows, CLASSES, BY_LABEL) * (TOP if TOP else CLASSES)
     if TOP:
         i_base = indices + row * TOP
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         y_base = soft + row * CLASSES
     total, z_top, t_top = sums_of_row(z_base, t_base, y_base, s, REAL, CLASSES, streamed(PRIOR, TOP), PROBS, POWER, LABELS,
                                       SMOOTHED or TOP > 0, BLOCK)  # fmt: skip
@@ -185,7 +187,7 @@ def tiled(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, 
         )
 
     label, out_of_range, x_label = label_of_row(
-        labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS
+        labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS, BY_LABEL
     )
     e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED)
     tl.store(energy + at + tl.arange(0, 1)[None, :], e)
@@ -256,7 +258,7 @@ def mixture(logits, teacher, labels, soft, weights, gradient, energy, rows, bloc
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
     t_base, y_base = teacher + row * CLASSES, z_base
     stride = tl.full((), 1, tl.int64) * rows * CLASSES
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         y_base = soft + row * CLASSES
     lane, slot = tl.arange(0, BLOCK)[None, :], tl.arange(0, SLOTS)[None, :]
 
@@ -265,7 +267,7 @@ def mixture(logits, teacher, labels, soft, weights, gradient, energy, rows, bloc
         z_base, z_base, y_base, s, REAL, CLASSES, NONE, False, POWER, LABELS, SMOOTHED, BLOCK
     )
     label, out_of_range, x_label = label_of_row(
-        labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS
+        labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS, False
     )
     e, c = finish_rows(total, label, x_label, out_of_range, s, NONE, False, POWER, LABELS, SMOOTHED)
     factor = s.scale * s.strength * s.inverse_temperature
@@ -410,10 +412,12 @@ def energy_and_gradient(
     *,
     prior: str,
     teacher_is_probs: bool,
+    teacher_by_label: bool,
     prior_strength: float,
     temperature: float,
     label_weight: float,
     label_smoothing: float,
+    signed_target: bool,
     ignore_index: int,
     scale: float,
     tolerance_teacher: float,
@@ -429,7 +433,7 @@ def energy_and_gradient(
     Args:
         logits: (chains, rows, classes).
         teacher: (teachers, rows, classes) logits or probabilities, or None where `prior` is "none"; with `indices`
-            (1, rows, k) logits.
+            (1, rows, k) logits; with `teacher_by_label` (1, classes, classes).
         indices, rest: int32 or int64 (rows, k) and float32 (rows,), a top-k teacher's; or None.
         labels: (rows,) int64, or None.
         soft: (rows, classes), or None.
@@ -461,13 +465,20 @@ def energy_and_gradient(
         "REAL": tl.float64 if double else tl.float32,
         "CLASSES": classes,
         "PROBS": teacher_is_probs and prior != "none",
-        "LABELS": HARD.value if labels is not None else SOFT.value if soft is not None else 0,
+        "LABELS": HARD.value
+        if labels is not None
+        else 0
+        if soft is None
+        else SIGNED.value
+        if signed_target
+        else SOFT.value,
     }
     forms = {
         "POWER": int(temperature) if temperature in (1, 2, 4) else 0,
         "SMOOTHED": label_smoothing > 0 and kinds["LABELS"] != 0,
     }
     inputs, named = (logits, teacher, labels, soft), (indices, rest)
+    by_label = teacher_by_label and prior != "none"
     top = 0 if indices is None else indices.shape[1]
     teachers = 1 if teacher is None else len(teacher)
     weights_stride = teachers if weights is not None and weights.dim() == 2 else 0
@@ -490,19 +501,20 @@ def energy_and_gradient(
             if shape is None:
                 tiled[(chains * rows,)](
                     *inputs, *named, gradient, energy, rows, rows, ignore_index, *settings, **kinds, **forms,
-                    PRIOR=PRIORS[prior], TOP=top, WIDTH=named_width(top, 1, TILE_WARPS),
+                    PRIOR=PRIORS[prior], BY_LABEL=by_label, TOP=top, WIDTH=named_width(top, 1, TILE_WARPS),
                     BLOCK=TILE // 2 if double else TILE, num_warps=TILE_WARPS,
                 )  # fmt: skip
             else:
                 blocks = triton.cdiv(rows, shape.rows)
                 on_chip[(chains * blocks,)](
                     *inputs, *named, gradient, energy, rows, blocks, ignore_index, *settings, **kinds, **forms,
-                    PRIOR=PRIORS[prior], TOP=top, WIDTH=named_width(top, shape.rows, shape.warps), ROWS=shape.rows,
-                    BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=shape.warps,
+                    PRIOR=PRIORS[prior], BY_LABEL=by_label, TOP=top, WIDTH=named_width(top, shape.rows, shape.warps),
+                    ROWS=shape.rows, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=shape.warps,
                 )  # fmt: skip
         total = settle(
             inputs, named, weights, gradient, energy, weights_stride, ignore_index, settings,
-            {**kinds, "PRIOR": PRIORS[prior], "TOP": top, "TEACHERS": teachers, "WEIGHTED": weights is not None},
+            {**kinds, "PRIOR": PRIORS[prior], "BY_LABEL": by_label, "TOP": top, "TEACHERS": teachers,
+             "WEIGHTED": weights is not None},
             total_factor, register, stamp,
         )  # fmt: skip
     return (energy if total is None else total), gradient

@@ -36,6 +36,7 @@ ENTROPY: tl.constexpr = tl.constexpr(5)  # the reverse KL's own terms, as tiles 
 
 HARD: tl.constexpr = tl.constexpr(1)  # labels: 0 is none
 SOFT: tl.constexpr = tl.constexpr(2)
+SIGNED: tl.constexpr = tl.constexpr(3)  # soft, and maybe negative
 
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 NAN: tl.constexpr = tl.constexpr(float("nan"))
@@ -65,7 +66,7 @@ class Sums(NamedTuple):
     slope: tl.tensor  # u a, or for the mixture v log2 v
     given: tl.tensor  # the teacher's probabilities, as they were given
     soft: tl.tensor  # y
-    least: tl.tensor  # min(y, 0)
+    least: tl.tensor  # min(y, 0), or where y may be negative the sum of |y|
     hit: tl.tensor  # y x
     spread: tl.tensor  # x of the unmasked classes
     unmasked: tl.tensor  # their number
@@ -217,9 +218,12 @@ def add_tile(sums, z, t, p, y, z_top, t_top, s, PRIOR: tl.constexpr, PROBS: tl.c
             slope += tl.where(x == -INFINITY, 0.0, u * _slope(log_u, log_v, PRIOR))
         if PROBS:
             given += p
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         soft += y
-        least = tl.minimum(least, y)
+        if LABELS == SIGNED:
+            least += tl.abs(y)
+        else:
+            least = tl.minimum(least, y)
         hit += tl.where(y != 0, y * x, 0.0)
     if SMOOTHED:
         here = x > -INFINITY
@@ -246,7 +250,7 @@ def gradient_tile(c, z, t, y, column, label, z_top, t_top, s, PRIOR: tl.constexp
             g += _plain(x, u, POWER) * c.plain
         if SMOOTHED:
             g -= tl.where(x > -INFINITY, c.even, 0.0)
-        if LABELS == SOFT:
+        if LABELS >= SOFT:
             g -= y * c.peak
         else:
             g = tl.where(column == label, g - c.peak, g)
@@ -281,9 +285,12 @@ def total_of(sums, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr
         slope = tl.sum(sums.slope, 1, keep_dims=True)
     if PROBS:
         given = tl.sum(sums.given, 1, keep_dims=True)
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         soft = tl.sum(sums.soft, 1, keep_dims=True)
-        least = tl.min(sums.least, 1, keep_dims=True)
+        if LABELS == SIGNED:
+            least = tl.sum(sums.least, 1, keep_dims=True)
+        else:
+            least = tl.min(sums.least, 1, keep_dims=True)
         hit = tl.sum(sums.hit, 1, keep_dims=True)
     if SMOOTHED:
         spread = tl.sum(sums.spread, 1, keep_dims=True)
@@ -321,7 +328,7 @@ def _label(total, label, x_label, s, LABELS: tl.constexpr, SMOOTHED: tl.constexp
     """The label's energy weight (mass log sum w - keep hit - even spread), and its coefficients of w, even and peak."""
     weight = s.label_weight + total.student * 0.0
     mass, hit = 1.0, x_label
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         mass, hit = total.soft, total.hit
     else:
         weight = tl.where(label >= 0, weight, 0.0)  # a factor, not a choice: bad logits show in unlabelled rows too
@@ -332,8 +339,13 @@ def _label(total, label, x_label, s, LABELS: tl.constexpr, SMOOTHED: tl.constexp
         even += s.smoothing / total.unmasked
         inner -= even * total.spread
     energy = weight * inner
-    if LABELS == SOFT:
-        energy += nan_unless((tl.abs(total.soft - 1.0) <= s.tolerance_target) & (total.least >= 0))
+    if LABELS >= SOFT:
+        excess = tl.abs(total.soft - 1.0)
+        if LABELS == SIGNED:
+            good = excess <= s.tolerance_target * tl.maximum(total.least, 1.0)
+        else:
+            good = (excess <= s.tolerance_target) & (total.least >= 0)
+        energy += nan_unless(good)
     weight *= s.scale
     return energy, weight * (keep * mass + s.smoothing) / total.plain, weight * even, weight * keep
 
@@ -355,12 +367,25 @@ def finish_rows(total, label, x_label, out_of_range, s, PRIOR: tl.constexpr, PRO
 
 
 @triton.jit
-def read_labels(labels, row, inside, ignore_index, label_weight, CLASSES: tl.constexpr):
-    """The label of each row, -1 for none, and whether it is neither a class nor to be ignored."""
+def teacher_row(labels, row, inside, CLASSES: tl.constexpr, BY_LABEL: tl.constexpr):
+    """Which of the teacher's rows is a row's: its own, or the one of its label, or of class 0 where that is no class."""
+    if BY_LABEL:
+        label = tl.load(labels + row, mask=inside, other=0)
+        return tl.where((label >= 0) & (label < CLASSES), label, 0)
+    else:
+        return row
+
+
+@triton.jit
+def read_labels(labels, row, inside, ignore_index, label_weight, CLASSES: tl.constexpr, BY_LABEL: tl.constexpr):
+    """The label of each row, -1 for none, and whether it is neither a class nor to be ignored, which none is where BY_LABEL."""
     label = tl.load(labels + row, mask=inside, other=0)
     is_class = (label >= 0) & (label < CLASSES)
-    ignored = label == ignore_index
-    used = tl.where(label_weight != 0.0, tl.where(is_class & (label != ignore_index), label, -1), -1)
+    ignored = (label == ignore_index) & (not BY_LABEL)
+    if BY_LABEL:
+        used = tl.where(is_class, label, -1)  # it is the teacher's, whatever the label weighs
+    else:
+        used = tl.where(label_weight != 0.0, tl.where(is_class & (label != ignore_index), label, -1), -1)
     return used.to(tl.int32), inside & ((is_class | ignored) == 0)
 
 
@@ -394,7 +419,7 @@ def read_tiles(z_base, t_base, y_base, column, inside, REAL: tl.constexpr, CLASS
     t, y = z, z
     if has_tiles(PRIOR):
         t = load_tile(t_base, column, inside, 0.0 if PROBS else -INFINITY, CLASSES, FULL, ONE)
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         y = load_tile(y_base, column, inside, 0.0, CLASSES, FULL, ONE)
     return z, t, y
 
@@ -421,7 +446,7 @@ def _shifted(
             slope = (slope + log_dv * sums.teacher) * dv
         elif PRIOR != DIRICHLET:
             slope = (slope + _slope(log_du, log_dv, PRIOR) * sums.student) * du
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         hit += dz * sums.soft
     if SMOOTHED:
         spread += dz * sums.unmasked

@@ -20,6 +20,7 @@ from bkd_fast.kernels.kd_row import (
     INFINITY,
     NAN,
     NONE,
+    SIGNED,
     SOFT,
     any_of,
     expects,
@@ -37,6 +38,9 @@ from bkd_fast.kernels.kd_topk import faults_of_top, read_rest
 # the codes that are looked for before 1, 2, ...
 TARGET_OUT_OF_RANGE: tl.constexpr = tl.constexpr(9)
 TEACHER_INDEX_OUT_OF_RANGE: tl.constexpr = tl.constexpr(12)
+# and those that one has another name for
+TARGET_NOT_PROBABILITIES: tl.constexpr = tl.constexpr(10)
+TARGET_SUM_NOT_ONE: tl.constexpr = tl.constexpr(14)
 
 
 @triton.jit
@@ -97,23 +101,31 @@ def _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_o
             total += weight
             found = found | tl.where(weight >= 0, 0, 1 << 8)
         found = found | tl.where(tl.abs(total - 1.0) <= s.tolerance_teacher, 0, 1 << 8)
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         total = tl.zeros((), REAL)
+        size = tl.zeros((), REAL)
         for start in range(0, CLASSES, BLOCK):
             column = start + lane
             here = column < CLASSES
             z = tl.load(z_base + column, mask=here, other=-INFINITY).to(REAL)
             y = tl.load(y_base + column, mask=here, other=0.0).to(REAL)
             total += tl.sum(y)
-            found = found | tl.where(any_of((y >= 0) == 0), 1 << 10, 0)
-            found = found | tl.where(any_of((y > 0) & (z == -INFINITY)), 1 << 11, 0)
-        found = found | tl.where(tl.abs(total - 1.0) <= s.tolerance_target, 0, 1 << 10)
+            size += tl.sum(tl.abs(y))
+            if LABELS == SOFT:
+                found = found | tl.where(any_of((y >= 0) == 0), 1 << 10, 0)
+            found = found | tl.where(any_of((y != 0) & (z == -INFINITY)), 1 << 11, 0)
+        allowed = s.tolerance_target
+        if LABELS == SIGNED:
+            allowed *= tl.maximum(size, 1.0)
+        found = found | tl.where((tl.abs(total - 1.0) <= allowed) & (size < INFINITY), 0, 1 << 10)
     elif LABELS == HARD:
         z = tl.load(z_base + tl.maximum(label, 0)).to(REAL)
         found = found | tl.where((label >= 0) & (z == -INFINITY), 1 << 11, 0)
     code = tl.full((), 0, tl.int32)
     for k in tl.static_range(11, 0, -1):
         code = tl.where((found >> k) & 1 != 0, k, code)
+    if LABELS == SIGNED:
+        code = tl.where(code == TARGET_NOT_PROBABILITIES, TARGET_SUM_NOT_ONE, code)
     if TOP:
         code = tl.where((found >> TEACHER_INDEX_OUT_OF_RANGE) & 1 != 0, TEACHER_INDEX_OUT_OF_RANGE, code)
     if LABELS == HARD:
@@ -124,24 +136,27 @@ def _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_o
 @triton.jit
 def _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, register, at, rows, weights_stride,
                 ignore_index, stamp, s, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
-                PRIOR: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr,
+                PRIOR: tl.constexpr, BY_LABEL: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr,
+                WEIGHTED: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """Look one row through, and report its fault; a row whose numbers are only large has none, and stays as it is."""
     chain, row = at // rows, at % rows
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
     t_base, y_base, weights_base, i_base, t_rest = z_base, z_base, z_base, indices, s.strength
     label, out_of_range = tl.full((), -1, tl.int32), row < 0
-    if PRIOR != NONE:
+    if LABELS == HARD:
+        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES, BY_LABEL)
+    if BY_LABEL:
+        t_base = teacher + tl.maximum(label, 0).to(tl.int64) * CLASSES
+    elif PRIOR != NONE:
         t_base = teacher + row * (TOP if TOP else CLASSES)
     if TOP:
         i_base = indices + row * TOP
         t_rest = read_rest(rest, row, row < rows, REAL, CLASSES, TOP)
     if WEIGHTED:
         weights_base = weights + row * weights_stride
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         y_base = soft + row * CLASSES
-    elif LABELS == HARD:
-        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES)
     stride = tl.full((), CLASSES, tl.int64) * rows
     code = _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_of_range, stride, s, REAL, CLASSES,
                      TEACHERS, PRIOR, TOP, PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
@@ -160,7 +175,8 @@ def _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient,
 def settle_rows(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, out, register, count, rows,
                 weights_stride, ignore_index, stamp, factor, strength, inverse_temperature, label_weight, smoothing, scale,
                 tolerance_teacher, tolerance_target, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
-                PRIOR: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr, WEIGHTED: tl.constexpr,
+                PRIOR: tl.constexpr, BY_LABEL: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr,
+                WEIGHTED: tl.constexpr,
                 SUMMED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Settle the rows of chunk i of the energies; where SUMMED, out[i] = factor * their sum, added in float64."""
     s = settings_of(
@@ -179,8 +195,8 @@ def settle_rows(logits, teacher, labels, soft, indices, rest, weights, gradient,
                     one = tl.load(energy + start + i)
                     if (tl.abs(one) < INFINITY) == 0:
                         _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, register, start + i,
-                                    rows, weights_stride, ignore_index, stamp, s, REAL, CLASSES, TEACHERS, PRIOR, TOP, PROBS,
-                                    LABELS, WEIGHTED, BLOCK)  # fmt: skip
+                                    rows, weights_stride, ignore_index, stamp, s, REAL, CLASSES, TEACHERS, PRIOR, BY_LABEL, TOP,
+                                    PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
         start += BLOCK
     if SUMMED:
         tl.store(out + tl.program_id(0), (tl.sum(total) * real_of(factor, REAL)).to(out.dtype.element_ty))

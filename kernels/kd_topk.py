@@ -51,7 +51,7 @@ def _read_named(z_base, t_base, i_base, y_base, slot, inside, REAL: tl.constexpr
     here = here & is_class
     z = tl.load(z_base + column, mask=here, other=-INFINITY).to(REAL)
     y = z
-    if LABELS == SOFT:
+    if LABELS >= SOFT:
         y = tl.load(y_base + column, mask=here, other=0.0).to(REAL)
     return column, here, z, t, y
 

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "features": {"posterior"},
     "heads": {"sampling", "energy", "distill", "ops"},
     "methods": {
-        "sampling", "energy", "samplers", "distill", "posterior", "ops", "collectives", "sharding", "stacked", "heads",
+        *("sampling", "energy", "samplers", "distill", "posterior", "ops"),
+        *("collectives", "sharding", "stacked", "heads", "sketch"),
     },
 }
 ANYTHING = {"app", "__init__", "__main__"}  # app stands on top; the package's face shows what it chooses

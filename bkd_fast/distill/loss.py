@@ -37,6 +37,8 @@ class KDLoss(nn.Module):
             the sum of the chains' means: multiply by their number); "sum"; or "none" for energies (..., rows).
         ignore_index: a hard label that means "no label": the row keeps its teacher term.
         label_smoothing: share of the label spread evenly over the row's unmasked classes, in [0, 1].
+        signed_targets: soft targets may be negative; they must be finite and sum to 1. Such are those of corrected
+            distillation (`bkd_fast.methods.semiparametric`); the energy may then have no minimum.
         mixture_weights: "entropy" (w_m ~ 1 - H_m / sum H with the entropies H of the row's p_T), "uniform", or
             probabilities of shape (teachers,) or (rows, teachers).
 
@@ -56,6 +58,7 @@ class KDLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        signed_targets: bool = False,
         mixture_weights: Tensor | str = "entropy",
     ) -> None:
         super().__init__()
@@ -75,6 +78,7 @@ class KDLoss(nn.Module):
         self.temperature = float(temperature)
         self.label_weight = float(label_weight)
         self.label_smoothing = float(label_smoothing)
+        self.signed_targets = signed_targets
         self.prior = prior
         self.reduction = reduction
         self.ignore_index = ignore_index
@@ -126,7 +130,8 @@ class KDLoss(nn.Module):
             logits: student logits (..., rows, classes), float32, float64, bfloat16 or float16; arithmetic is in
                 float32, for float64 in float64. Leading dimensions (chains) share targets and teachers, which are not
                 copied. -inf masks a class, on which neither label nor teacher may then count.
-            target: classes (rows,) int64, probabilities (rows, classes), or None for a batch without labels.
+            target: classes (rows,) int64, probabilities (rows, classes; or see `signed_targets`), or None for a batch without
+                labels.
             teacher_logits: (rows, classes), for the mixture (teachers, rows, classes). Or `TopKLogits` of the rows, but for
                 the mixture: read as they are, never written out in memory; classes in `indices` that are repeated are an
                 error on a CPU and not looked for on CUDA. Not read where prior_strength is 0.
@@ -159,6 +164,7 @@ class KDLoss(nn.Module):
             temperature=self.temperature,
             label_weight=self.label_weight,
             label_smoothing=self.label_smoothing,
+            signed_target=self.signed_targets,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
         )

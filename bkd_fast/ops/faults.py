@@ -34,6 +34,7 @@ FAULTS: dict[str, tuple[type[Exception], str, str]] = {
     "target_on_masked_class": (ValueError, "target", "must not be on a class whose logit is -inf"),
     "teacher_index_out_of_range": (ValueError, "teacher_logits.indices", "must be a class"),
     "teacher_index_repeated": (ValueError, "teacher_logits.indices", "must be distinct in a row"),
+    "target_sum_not_one": (ValueError, "target", "must be finite, with sum 1"),
 }
 
 LAST_CALL = 4095  # calls are numbered from 0; this number and all above are one
@@ -88,7 +89,7 @@ class Inputs:
     indices: Tensor | None = None
     rest: Tensor | None = None
     weights: Tensor | None = None
-    ignore_index: int = -100
+    ignore_index: int | None = -100  # None: every row needs a class
 
 
 def error_of(fault: Fault, inputs: Inputs | None = None) -> Exception:
@@ -119,7 +120,8 @@ def error_of(fault: Fault, inputs: Inputs | None = None) -> Exception:
         value = inputs.target[row]
         if fault.name == "target_out_of_range":
             classes = "" if inputs.logits is None else f" in [0, {inputs.logits.shape[-1]})"
-            allowed = f"must be a class{classes} or ignore_index = {inputs.ignore_index}"
+            ignored = "" if inputs.ignore_index is None else f" or ignore_index = {inputs.ignore_index}"
+            allowed = f"must be a class{classes}{ignored}"
     return error(f"{where}: {allowed}" if value is None else f"{where} = {_shown(value)}: {allowed}")
 
 
@@ -130,6 +132,8 @@ def _teacher_row(inputs: Inputs, row: int, form: Form) -> Tensor | None:
         if inputs.logits is None or inputs.rest is None:
             return None
         return TopKLogits(inputs.teacher[row], inputs.indices[row], inputs.rest[row]).dense(inputs.logits.shape[-1])
+    if inputs.ignore_index is None and inputs.target is not None:  # by label
+        row = int(inputs.target[row])
     rows = inputs.teacher.reshape(-1, *inputs.teacher.shape[-2:])
     return rows[:, row] if form.several_teachers else rows[0, row]
 
@@ -175,7 +179,7 @@ class Register:
         self.word = torch.zeros(1, dtype=torch.int64, device=device)
         self.calls = 0
         self._last: dict[str, tuple[weakref.ref[Tensor], int]] = {}
-        self._ignore_index = -100
+        self._ignore_index: int | None = -100
 
     def begin(self, form: Form, inputs: Inputs) -> int:
         """Number a call; returns its stamp."""

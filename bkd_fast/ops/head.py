@@ -193,8 +193,8 @@ def composed_head_step_(s: HeadStep, real: torch.dtype) -> tuple[Tensor, Tensor]
     x = s.x.to(real)
     logits = logits_of(x, s.weight.to(real), None if s.bias is None else s.bias.to(real))
     energy, dz = torch.ops.bkd_fast.kd_energy(
-        logits, s.target, s.teacher, None, None, None, "dirichlet", False, s.prior_strength, s.temperature, s.label_weight, 0.0,
-        s.ignore_index, "none",
+        logits, s.target, s.teacher, None, None, None, "dirichlet", False, False, s.prior_strength, s.temperature, s.label_weight,
+        0.0, False, s.ignore_index, "none",
     )  # fmt: skip
     of_weight = torch.empty(s.weight.shape[1:], dtype=real)
 

@@ -23,6 +23,7 @@ PRIORS = ("dirichlet", "continuous_categorical", "reverse_kl", "mixture")
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TENSORS = 6  # the operation's first arguments; the others are settings
+BY_LABEL = 2  # which of the settings is teacher_by_label
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class Problem:
     stamp: int = 0
     indices: Tensor | None = None  # int32 or int64 (rows, k): the classes that `teacher`, a top-k one, has logits of
     rest: Tensor | None = None  # float32 (rows,): its logit of each other class
+    signed_target: bool = False  # soft labels may be negative
+    teacher_by_label: bool = (
+        False  # `teacher` is (1, classes, classes): each row's is the one of its label, which all have
+    )
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -87,8 +92,8 @@ def _folds_scale(dtype: torch.dtype) -> bool:
 _LIBRARY = torch.library.Library("bkd_fast", "FRAGMENT")
 _LIBRARY.define(
     "kd_energy(Tensor logits, Tensor? target, Tensor? teacher, Tensor? indices, Tensor? rest, Tensor? mixture_weights, "
-    "str prior, bool teacher_is_probs, float prior_strength, float temperature, float label_weight, "
-    "float label_smoothing, int ignore_index, str reduction) -> (Tensor energy, Tensor gradient)"
+    "str prior, bool teacher_is_probs, bool teacher_by_label, float prior_strength, float temperature, float label_weight, "
+    "float label_smoothing, bool signed_target, int ignore_index, str reduction) -> (Tensor energy, Tensor gradient)"
 )
 
 
@@ -102,10 +107,12 @@ def _energy_of(
     mixture_weights: Tensor | None,
     prior: str,
     teacher_is_probs: bool,
+    teacher_by_label: bool,
     prior_strength: float,
     temperature: float,
     label_weight: float,
     label_smoothing: float,
+    signed_target: bool,
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
@@ -115,12 +122,15 @@ def _energy_of(
     hard = target is not None and not target.is_floating_point()
     if prior_strength == 0:
         teacher, indices, rest, mixture_weights = None, None, None, None
+    teacher_by_label = teacher_by_label and teacher is not None
     form = Form(
         teacher_is_probs=teacher_is_probs,
         several_teachers=teacher is not None and teacher.dim() == 3 and teacher.shape[0] > 1,
         weights_per_row=mixture_weights is not None and mixture_weights.dim() == 2,
     )
-    inputs = Inputs(logits, target, teacher, indices, rest, mixture_weights, ignore_index)
+    if teacher_by_label:
+        ignore_index = -1  # no class, and no legal label either
+    inputs = Inputs(logits, target, teacher, indices, rest, mixture_weights, None if teacher_by_label else ignore_index)
     register = register_of(logits.device) if records(logits.device) else None
     problem = Problem(
         logits=_with_leading(logits).contiguous(),
@@ -142,6 +152,8 @@ def _energy_of(
         stamp=register.begin(form, inputs) if register is not None else 0,
         indices=indices.contiguous() if indices is not None else None,
         rest=rest.to(torch.float32).contiguous() if rest is not None else None,
+        signed_target=signed_target,
+        teacher_by_label=teacher_by_label,
     )
     energy, gradient, bad_row, fault = find("kd_energy", logits.device)(problem)
     if bad_row >= 0:
@@ -237,6 +249,9 @@ def _vmap(
     logits = tensors[0] if mapped[0] else tensors[0].expand(size, *tensors[0].shape)
     rows, classes, reduction = logits.shape[-2], logits.shape[-1], settings[-1]
     settings[-1] = "none"
+    by_label = settings[BY_LABEL]
+    if by_label and mapped[2]:
+        raise NotImplementedError("a table of teachers by label is mapped: must be shared, with in_dims None")
     if not any(mapped[1:]):
         energy, gradient = energy_of(logits, *tensors[1:], *settings)
     else:
@@ -247,7 +262,9 @@ def _vmap(
         )
         if target is not None:
             target = target.reshape(size * rows, *target.shape[2:])
-        if teacher is not None:
+        if teacher is not None and by_label:
+            teacher = arguments[2]
+        elif teacher is not None:
             teacher = teacher.movedim(0, -3).reshape(*teacher.shape[1:-2], size * rows, teacher.shape[-1])
         if indices is not None and rest is not None:
             indices, rest = indices.reshape(size * rows, -1), rest.reshape(size * rows)
@@ -334,10 +351,12 @@ def kd_energy(
     mixture_weights: Tensor | None = None,
     prior: str = "dirichlet",
     teacher_is_probs: bool = False,
+    teacher_by_label: bool = False,
     prior_strength: float,
     temperature: float = 1.0,
     label_weight: float = 1.0,
     label_smoothing: float = 0.0,
+    signed_target: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
@@ -347,8 +366,13 @@ def kd_energy(
         logits: (..., rows, classes), float32, float64, bfloat16 or float16.
         target: (rows,) int64, (rows, classes) floating, or None.
         teacher: (rows, classes), or (teachers, rows, classes) for the mixture; logits, or probabilities where
-            `teacher_is_probs`. Or, for one teacher, its top k. Not read where `prior_strength` is 0.
+            `teacher_is_probs`. Or, for one teacher, its top k. Not read where `prior_strength` is 0. With `teacher_by_label`
+            a table (classes, classes): each row's teacher is the table's row of its class. `target` must be classes then, none
+            of them masked, and `ignore_index` is not one.
         mixture_weights: (teachers,) or (rows, teachers); None: the entropy weights.
+        prior_strength: negative for "reverse_kl" alone: it rewards distance from the teacher, and is bounded by log classes
+            and the teacher's smallest log probability; each of the others is then unbounded below.
+        signed_target: soft targets may be negative; they must be finite and sum to 1.
 
     Returns:
         Energies (..., rows) for `reduction="none"`, else a scalar; float32, or float64 for float64 logits.
@@ -361,11 +385,12 @@ def kd_energy(
     On CUDA values are not looked at here, as that would wait for the device: an unusable row gets energy NaN and gradient 0,
     and `faults.check_faults` raises. The first call on a device must not be inside a CUDA graph's capture (RuntimeError).
     """
-    _check(logits, target, teacher, mixture_weights, prior, teacher_is_probs, prior_strength)
+    _check(logits, target, teacher, mixture_weights, prior, teacher_is_probs, teacher_by_label, prior_strength)
     values, indices, rest = teacher if isinstance(teacher, TopKLogits) else (teacher, None, None)
     tensors = (logits, target, values, indices, rest, mixture_weights)
     settings = (
-        prior, teacher_is_probs, prior_strength, temperature, label_weight, label_smoothing, ignore_index, reduction,
+        prior, teacher_is_probs, teacher_by_label, prior_strength, temperature, label_weight, label_smoothing, signed_target,
+        ignore_index, reduction,
     )  # fmt: skip
     energy: Tensor
     if torch.compiler.is_compiling():
@@ -386,6 +411,7 @@ def _check(
     weights: Tensor | None,
     prior: str,
     teacher_is_probs: bool,
+    teacher_by_label: bool,
     prior_strength: float,
 ) -> None:
     """Shapes, dtypes and devices; values are checked where they are read."""
@@ -404,12 +430,21 @@ def _check(
         elif target.shape != (rows, classes):
             raise ValueError(f"target has shape {tuple(target.shape)}: must be ({rows}, {classes}) {beside}")
     if teacher is None:
-        if prior_strength > 0:
+        if prior_strength != 0:
             raise ValueError(
                 f"teacher_logits = None: prior_strength = {prior_strength} needs teacher_logits or teacher_probs"
             )
         return
+    if prior_strength < 0 and prior != "reverse_kl":
+        raise ValueError(f"prior_strength = {prior_strength}: must be at least 0 for the prior {prior!r}")
     name = "teacher_probs" if teacher_is_probs else "teacher_logits"
+    if teacher_by_label:
+        if prior == "mixture" or isinstance(teacher, TopKLogits):
+            raise TypeError(
+                f"{name} by label: must be one table, not {'a mixture' if prior == 'mixture' else 'TopKLogits'}"
+            )
+        if target is None or target.is_floating_point():
+            raise TypeError(f"{name} by label: target must be classes, int64 of shape ({rows},)")
     if isinstance(teacher, TopKLogits):
         if teacher_is_probs or prior == "mixture":
             raise TypeError(
@@ -422,10 +457,11 @@ def _check(
     else:
         if teacher.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {teacher.dtype}: must be one of {DTYPES}")
-        wanted = f"(teachers, {rows}, {classes})" if prior == "mixture" else f"({rows}, {classes})"
+        its_rows = classes if teacher_by_label else rows
+        wanted = f"(teachers, {rows}, {classes})" if prior == "mixture" else f"({its_rows}, {classes})"
         if (
             teacher.dim() != (3 if prior == "mixture" else 2)
-            or teacher.shape[-2:] != (rows, classes)
+            or teacher.shape[-2:] != (its_rows, classes)
             or not teacher.shape[0]
         ):
             raise ValueError(f"{name} has shape {tuple(teacher.shape)}: must be {wanted} {beside}")

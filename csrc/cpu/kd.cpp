@@ -359,8 +359,9 @@ BKD_INLINE bool read_label(const KdCall& call, int64_t row, int32_t& label) {
   if (!call.labels) return true;
   const int64_t y = call.labels[row];
   const bool is_class = (uint64_t)y < (uint64_t)call.settings.classes;
-  if (is_class && y != call.ignore_index && call.settings.label_weight != 0) label = (int32_t)y;
-  return is_class | (y == call.ignore_index);
+  const bool used = call.teacher_by_label | ((y != call.ignore_index) & (call.settings.label_weight != 0));
+  if (is_class & used) label = (int32_t)y;
+  return is_class | ((y == call.ignore_index) & !call.teacher_by_label);
 }
 
 // The teacher's row as it is dense; `values` holds `top` elements while a top-k teacher's is written out.
@@ -399,7 +400,8 @@ Fault general_row(const KdCall& call, int64_t chain, int64_t row, char* scratch,
   read(call.logits, call.logits_storage, at, n, logits);
   if (s.prior != Prior::none) {
     for (int64_t m = 0; m < s.teachers; ++m) {
-      const Fault fault = read_teacher(call, m * call.rows + row, rest, teacher + m * n);
+      const int64_t teachers_row = call.teacher_by_label ? call.labels[row] : m * call.rows + row;
+      const Fault fault = read_teacher(call, teachers_row, rest, teacher + m * n);
       if (fault != Fault::none) return fault;
     }
     r.teacher = teacher;
@@ -554,7 +556,7 @@ BlockKernel vector_kernel(const KdSettings& s) {
 
 bool has_vector_kernel(const KdCall& call) {
   const KdSettings& s = call.settings;
-  const bool known_prior = s.prior == Prior::none || (s.prior == Prior::dirichlet && !s.teacher_is_probs);
+  const bool known_prior = s.prior == Prior::none || (s.prior == Prior::dirichlet && !s.teacher_is_probs && !call.teacher_by_label);
   return known_prior && !call.soft && call.logits_storage != Storage::float64;
 }
 

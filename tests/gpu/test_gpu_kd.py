@@ -243,7 +243,24 @@ def test_top_k_teachers(classes, prior):
 
 def test_inside_torch():
     logits, target, teacher = _batch(5, 9)
-    arguments = (logits, target, teacher, None, None, None, "dirichlet", False, 2.0, 1.5, 0.8, 0.1, -100, "mean")
+    arguments = (
+        logits,
+        target,
+        teacher,
+        None,
+        None,
+        None,
+        "dirichlet",
+        False,
+        False,
+        2.0,
+        1.5,
+        0.8,
+        0.1,
+        False,
+        -100,
+        "mean",
+    )
     torch.library.opcheck(torch.ops.bkd_fast.kd_energy, arguments)
     chains = torch.stack([logits, logits * 2, logits + 1])
 

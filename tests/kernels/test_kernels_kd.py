@@ -106,6 +106,79 @@ def test_entropy_weights_of_confident_teachers_keep_their_digits(probs):
     _assert_right(replace(p, teacher=teacher, teacher_is_probs=probs), _unit("mixture"))
 
 
+def _signed(p):
+    """The problem with a target that sums to 1 and has entries of either sign, larger than 1 and 0."""
+    generator = torch.Generator().manual_seed(p.logits.shape[-1])
+    rows, classes = p.logits.shape[1:]
+    target = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * 3
+    target[:, 1:] *= torch.rand(rows, classes - 1, generator=generator) < 0.7
+    target[:, 0] += 1 - target.sum(1)
+    soft = target if p.logits.dtype == torch.float64 else target.float()
+    return replace(p, labels=None, soft=soft, signed_target=True)
+
+
+# rows on chip: several to a program, one, in several tiles; and in tiles from memory
+@pytest.mark.parametrize("classes", [2, 7, 33, 600, 3000, 17000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signed_targets(classes, dtype):
+    for prior, smoothing in (("none", 0.0), ("dirichlet", SMOOTHING)):
+        p = _signed(_problem(classes, rows=2, prior=prior, temperature=1.0, dtype=dtype))
+        _assert_right(replace(p, label_smoothing=smoothing), unit=20 * float(p.soft.abs().sum(1).max()))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 129])
+def test_signed_targets_that_do_not_sum_to_one(classes):
+    for value in (NAN, INF, -INF, 1000.0):
+        p = _signed(_problem(classes, rows=5, prior="none", temperature=1.0))
+        p.soft[3, classes - 1] = value
+        assert interpreted(p)[2:] == reference(p)[2:] == (3, "target_sum_not_one")
+    p = _signed(_problem(classes, rows=5, prior="none", temperature=1.0))
+    p.logits[0, 2, int(p.soft[2].abs().argmax())] = -INF
+    assert interpreted(p)[2:] == reference(p)[2:] == (2, "target_on_masked_class")
+
+
+def _by_label(classes, rows=3, chains=1, dtype=torch.float32, prior="reverse_kl", probs=True):
+    p = _problem(classes, rows=rows, chains=chains, prior=prior, temperature=1.0, dtype=dtype)
+    table = torch.randn(1, classes, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64) * 2
+    table = (table.softmax(-1) if probs else table).to(dtype)
+    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(rows))
+    strength = -STRENGTH if prior == "reverse_kl" else STRENGTH
+    own = {"teacher_is_probs": probs, "teacher_by_label": True, "prior_strength": strength, "ignore_index": -1}
+    return replace(p, labels=labels, teacher=table, **own)
+
+
+@pytest.mark.parametrize("classes", [2, 7, 33, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("prior", ["dirichlet", "reverse_kl"])
+def test_teachers_by_label(classes, dtype, prior):
+    for probs in (True, False):
+        _assert_right(_by_label(classes, rows=5, chains=2, dtype=dtype, prior=prior, probs=probs), _unit(prior))
+
+
+def test_teachers_by_label_in_tiles_from_memory(monkeypatch):
+    monkeypatch.setattr(kd, "shape_of", lambda *_: None)
+    _assert_right(_by_label(2300), _unit("reverse_kl"))
+
+
+@pytest.mark.parametrize("label", [-100, -1, 10, 2**40, -(2**63)])
+def test_labels_that_are_no_classes_read_nothing_outside_the_table_of_teachers(label):
+    p = _by_label(10, rows=4)
+    p.labels[2] = label
+    assert interpreted(p)[2:] == reference(p)[2:] == (2, "target_out_of_range")
+
+
+def test_bad_rows_of_a_table_of_teachers():
+    for values, fault in (
+        (torch.full((10,), 0.2), "teacher_not_probabilities"),
+        (torch.eye(10)[0], "teacher_excludes_class"),
+    ):
+        p = _by_label(10, rows=4)
+        row = int(p.labels[1])
+        p.teacher[0, row] = values
+        first = int((p.labels == row).int().argmax())
+        assert interpreted(p)[2:] == reference(p)[2:] == (first, fault)
+
+
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("prior", ["none", *PRIORS])
 def test_every_prior_label_temperature_and_dtype(prior, label):
@@ -289,7 +362,7 @@ def test_the_public_path_with_odd_strides_and_offsets():
 
 def test_inside_torch():
     p = _problem(5, rows=4)
-    settings = ("dirichlet", False, 2.0, 1.5, 0.8, 0.1, IGNORED, "mean")
+    settings = ("dirichlet", False, False, 2.0, 1.5, 0.8, 0.1, False, IGNORED, "mean")
     arguments = (p.logits[0], p.labels, p.teacher[0], None, None, None, *settings)
     with use_backend("triton"):
         torch.library.opcheck(torch.ops.bkd_fast.kd_energy, arguments)

@@ -7,7 +7,7 @@ pass its memory, and 57 for bfloat16; rows of few classes also read a label and 
 from sass import Budget, TritonVariant
 
 from bkd_fast.kernels import kd, kd_settle
-from bkd_fast.kernels.kd_row import HARD, PRIORS, SOFT
+from bkd_fast.kernels.kd_row import HARD, PRIORS, SIGNED, SOFT
 
 SETTINGS = (
     "strength", "inverse_temperature", "label_weight", "smoothing", "scale", "tolerance_teacher", "tolerance_target",
@@ -32,7 +32,7 @@ def arguments(storage, classes, prior, labels, probs):
     for name, absent in (
         ("teacher", prior == "none"),
         ("labels", labels != HARD.value),
-        ("soft", labels != SOFT.value),
+        ("soft", labels not in (SOFT.value, SIGNED.value)),
     ):
         if absent:
             del signature[name]
@@ -54,14 +54,26 @@ def aligned(signature):
     return tuple(name for name, kind in signature.items() if kind.startswith("*"))
 
 
-def rows(classes, storage, budget, prior="dirichlet", labels=HARD.value, probs=False, power=2, smoothed=False, top=0):
+def rows(
+    classes,
+    storage,
+    budget,
+    prior="dirichlet",
+    labels=HARD.value,
+    probs=False,
+    power=2,
+    smoothed=False,
+    top=0,
+    by_label=False,
+):
     """The launch of `energy_and_gradient` for one teacher or none."""
     signature, constants = arguments(storage, classes, prior, labels, probs)
     signature["blocks"] = "i32"
-    constants |= {"PRIOR": PRIORS[prior], "POWER": power, "SMOOTHED": smoothed}
+    constants |= {"PRIOR": PRIORS[prior], "POWER": power, "SMOOTHED": smoothed, "BY_LABEL": by_label}
     named(signature, constants, top)
-    widest = max(BYTES[storage], 4 if labels == SOFT.value else 0)
-    plain = prior in ("none", "dirichlet") and labels != SOFT.value and power != 0 and not smoothed
+    soft = labels in (SOFT.value, SIGNED.value)
+    widest = max(BYTES[storage], 4 if soft else 0)
+    plain = prior in ("none", "dirichlet") and not soft and power != 0 and not smoothed
     shape = kd.shape_of(classes, 8 * widest, plain)
     constants["WIDTH"] = kd.named_width(top, *((1, kd.TILE_WARPS) if shape is None else (shape.rows, shape.warps)))
     if shape is None:
@@ -71,8 +83,13 @@ def rows(classes, storage, budget, prior="dirichlet", labels=HARD.value, probs=F
         constants |= {"ROWS": shape.rows, "BLOCK": shape.block, "CHUNKS": shape.chunks}
         kernel, warps, each = kd.on_chip, shape.warps, shape.rows * classes / (32 * shape.warps)
     forms = [prior, storage, f"C = {classes}", f"T = {power or 'any'}"]
-    forms += ["soft labels"] * (labels == SOFT.value) + ["probabilities"] * probs + ["smoothed"] * smoothed
-    forms += [f"top {top}"] * (top > 0)
+    forms += (
+        ["soft labels"] * (labels == SOFT.value)
+        + ["signed labels"] * (labels == SIGNED.value)
+        + ["probabilities"] * probs
+        + ["smoothed"] * smoothed
+    )
+    forms += [f"top {top}"] * (top > 0) + ["teacher by label"] * by_label
     return TritonVariant(
         ", ".join(forms), kernel, signature, constants, aligned(signature), warps,
         budget=Budget(elements=each, region="loops" if shape is None else "kernel", **budget),
@@ -93,7 +110,7 @@ def mixture(classes, storage, teachers, weighted, budget):
     return TritonVariant(name, kd.mixture, signature, constants, aligned(signature), warps, budget=budget)
 
 
-def settle(classes, storage, prior, labels, probs, budget, top=0):
+def settle(classes, storage, prior, labels, probs, budget, top=0, by_label=False):
     signature, constants = arguments(storage, classes, prior, labels, probs)
     signature |= {
         "weights": "*fp64",
@@ -106,7 +123,7 @@ def settle(classes, storage, prior, labels, probs, budget, top=0):
     signature["factor"] = "i64" if storage == "fp64" else "fp32"
     named(signature, constants, top)
     constants |= {"TEACHERS": 3 if prior == "mixture" else 1, "PRIOR": PRIORS[prior], "WEIGHTED": prior == "mixture"}
-    constants |= {"SUMMED": True, "CHUNK": kd_settle.CHUNK, "BLOCK": kd_settle.BLOCK}
+    constants |= {"BY_LABEL": by_label, "SUMMED": True, "CHUNK": kd_settle.CHUNK, "BLOCK": kd_settle.BLOCK}
     name = f"settle, {prior}, {storage}, C = {classes}" + f", top {top}" * (top > 0)
     return TritonVariant(name, kd_settle.settle_rows, signature, constants, aligned(signature), 8, budget=budget)
 
@@ -171,6 +188,12 @@ VARIANTS = [
     settle(10, "bf16", "mixture", SOFT.value, True, Budget(72)),
     settle(32000, "fp64", "reverse_kl", SOFT.value, True, Budget(96)),
     settle(1000, "fp32", "dirichlet", HARD.value, False, Budget(96), top=32),
+    rows(1000, "fp32", {"registers": 128}, "reverse_kl", power=1, by_label=True),
+    rows(32000, "bf16", {"registers": 255}, "reverse_kl", power=1, by_label=True),
+    rows(100, "fp32", {"registers": 255}, "none", SIGNED.value, power=1),
+    rows(32000, "fp32", {"registers": 255}, "none", SIGNED.value, power=1),
+    settle(100, "fp32", "reverse_kl", HARD.value, False, Budget(96, stack=16, spills=12), by_label=True),
+    settle(100, "fp32", "none", SIGNED.value, False, Budget(96)),
     multiply("fp32"),
     multiply("bf16"),
 ]

@@ -366,6 +366,87 @@ def test_inputs_need_not_be_contiguous(backend):
     assert torch.equal(_run(logits, expanded, teacher[0])[1], _run(logits, expanded.contiguous(), teacher[0])[1])
 
 
+def _signed(classes, rows, seed=0):
+    """Targets that sum to 1, with entries of either sign, some larger than 1 and some 0."""
+    generator = torch.Generator().manual_seed(classes + seed)
+    target = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * 3
+    target[:, 1:] *= torch.rand(rows, classes - 1, generator=generator) < 0.7
+    target[:, 0] += 1 - target.sum(1)
+    return target
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 33, 129, 1000, 8200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signed_targets(backend, classes, dtype):
+    """Their energy is linear in the target, which torch's cross entropy takes as it is."""
+    logits, teacher, _, _ = _inputs(classes, dtype)
+    target = _signed(classes, len(logits)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for prior, temperature, smoothing in (("none", 1.0, 0.0), ("none", 1.0, SMOOTHING), ("dirichlet", 2.0, 0.0)):
+        p = torch.softmax(teacher.double(), -1)
+        wanted = _expected(logits, target, smoothing, prior, p, temperature)
+        settings = {"prior_strength": 0.0} if prior == "none" else {"temperature": temperature}
+        got = _run(
+            logits,
+            target,
+            None if prior == "none" else teacher[0],
+            label_smoothing=smoothing,
+            signed_target=True,
+            **settings,
+        )
+        # an energy is a difference of terms as large as the target's entries times log q
+        unit = float(target.abs().sum(1).max()) * 20
+        _assert_close(got, wanted, dtype, unit)
+
+
+def test_signed_targets_leave_masked_classes_alone(backend):
+    logits, _, _, _ = _inputs(10)
+    target = _signed(10, len(logits)).float()
+    target[:, 4] = 0
+    target[:, 0] += 1 - target.sum(1)
+    whole = _run(
+        logits[:, [0, 1, 2, 3, 5, 6, 7, 8, 9]],
+        target[:, [0, 1, 2, 3, 5, 6, 7, 8, 9]],
+        None,
+        prior_strength=0.0,
+        signed_target=True,
+    )
+    logits[:, 4] = -math.inf
+    masked = _run(logits, target, None, prior_strength=0.0, signed_target=True)
+    torch.testing.assert_close(masked[0], whole[0], rtol=1e-6, atol=1e-4)
+    assert (masked[1][:, 4] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 129, 1000])
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize("prior", ["dirichlet", "continuous_categorical", "reverse_kl"])
+def test_a_teacher_by_label_is_the_table_s_row_of_each_label(backend, classes, probs, prior):
+    """Bit for bit the energy of the table's rows written out."""
+    logits, _, target, _ = _inputs(classes)
+    target = target.clamp_min(0)
+    table = torch.randn(classes, classes, generator=torch.Generator().manual_seed(classes)) * 2
+    table = table.softmax(-1) if probs else table
+    settings = {"prior": prior, "teacher_is_probs": probs, "temperature": 1.0}
+    if native is not None and prior == "dirichlet" and not probs:
+        settings["prior_strength"] = STRENGTH
+        tolerance = 4e-6  # the rows that are written out take the vector kernels
+    else:
+        tolerance = 0.0
+    got = _run(logits, target, table, teacher_by_label=True, **settings)
+    wanted = _run(logits, target, table[target], **settings)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_a_negative_reverse_kl_is_the_negative_of_the_positive_one(backend):
+    logits, teacher, target, _ = _inputs(10, torch.float64)
+    plus, minus, none = (
+        _run(logits, target, teacher[0], prior="reverse_kl", prior_strength=strength) for strength in (2.0, -2.0, 0.0)
+    )
+    for a, b, c in zip(plus, minus, none, strict=True):
+        torch.testing.assert_close(a - c, c - b, rtol=1e-9, atol=1e-9)
+        assert float((a - c).abs().max()) > 0.01
+
+
 @pytest.mark.skipif(native is None, reason="the compiled kernels are not built")
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 10, 17, 127, 128, 129, 1000, 8200])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float64"])
@@ -378,8 +459,8 @@ def test_nothing_is_written_outside_the_outputs(isa, classes, storage):
         gradient = torch.full((rows * classes + 64,), sentinel, dtype=dtype)
         energy = torch.full((rows + 8,), sentinel, dtype=accumulator)
         native.kd_energy(
-            logits.data_ptr(), storage, teacher.data_ptr(), storage, 0, False, 0, 0, target.data_ptr(), 0, "", 0, False,
-            gradient[offset:].data_ptr(), energy[4:].data_ptr(), 1, rows, classes, 1, "dirichlet", False, STRENGTH, 2.0,
+            logits.data_ptr(), storage, teacher.data_ptr(), storage, False, 0, False, 0, 0, target.data_ptr(), 0, "", False,
+            0, False, gradient[offset:].data_ptr(), energy[4:].data_ptr(), 1, rows, classes, 1, "dirichlet", False, STRENGTH, 2.0,
             WEIGHT, 0.0, 1e-3, 1e-3, 1.0, -100, 2,
         )  # fmt: skip
         end = offset + rows * classes

@@ -206,3 +206,62 @@ def test_shapes_and_dtypes(changed, error, message):
     good = {"logits": torch.zeros(3, 4), "target": torch.zeros(3, dtype=torch.int64), "teacher": torch.zeros(3, 4)}
     arguments = {**good, **changed}
     _raises(error, message, arguments.pop("logits"), arguments.pop("target"), arguments.pop("teacher"), **arguments)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 129, 8200])
+def test_signed_targets_must_sum_to_one(backend, classes):
+    logits, _, _ = _batch(classes)
+    good = torch.zeros(21, classes)
+    good[:, 0], good[:, 1] = 100.5, -99.5
+    settings = {"prior_strength": 0.0, "signed_target": True}
+    assert kd_energy(logits, good, None, **settings).isfinite()
+    for value in (NAN, INF, -INF, 1.0, -99.0):
+        target = good.clone()
+        target[13, 1] = value
+        _raises(ValueError, r"target\[13\] = \[.*\]: must be finite, with sum 1", logits, target, None, **settings)
+    _raises(ValueError, r"target\[0\] = .*not negative", logits, good, None, prior_strength=0.0)
+    logits[5, 1] = -INF
+    _raises(ValueError, r"target\[5\] = .*must not be on a class whose logit is -inf", logits, good, None, **settings)
+
+
+def test_teachers_by_label(backend):
+    logits, _, target = _batch(10)
+    table = torch.full((10, 10), 0.1)
+    settings = {"prior": "reverse_kl", "teacher_is_probs": True, "teacher_by_label": True, "temperature": 1.0}
+    for label in (-100, -1, 10, 2**40, -(2**63)):
+        bad = target.clone()
+        bad[7] = label
+        _raises(ValueError, rf"target\[7\] = {label}: must be a class in \[0, 10\)$", logits, bad, table, **settings)
+    broken = table.clone()
+    broken[int(target[3]), 0] = 0.3
+    first = int((target == target[3]).int().argmax())
+    message = rf"teacher_probs\[{first}\] = \[0.3, .*must be probabilities"
+    _raises(ValueError, message, logits, target, broken, **settings)
+    zero = torch.eye(10)
+    _raises(ValueError, r"teacher_probs\[0\] = .*some probability", logits, target, zero, **settings)
+    for given in (None, torch.full((21, 10), 0.1)):
+        _raises(TypeError, "target must be classes", logits, given, table, **settings)
+    _raises(
+        ValueError,
+        r"teacher_probs has shape \(21, 10\): must be \(10, 10\)",
+        logits,
+        target,
+        table.new_full((21, 10), 0.1),
+        **settings,
+    )
+    _raises(TypeError, "not a mixture", logits, target, table[None], **(settings | {"prior": "mixture"}))
+
+
+@pytest.mark.parametrize("prior", ["dirichlet", "continuous_categorical", "mixture"])
+def test_a_negative_strength_is_for_the_reverse_kl_alone(backend, prior):
+    logits, teacher, target = _batch(10)
+    given = teacher[None] if prior == "mixture" else teacher
+    _raises(
+        ValueError,
+        f"prior_strength = -1.0: must be at least 0 for the prior '{prior}'",
+        logits,
+        target,
+        given,
+        prior=prior,
+        prior_strength=-1.0,
+    )

@@ -15,7 +15,8 @@ def _batch(prior="dirichlet", rows=9, classes=5, dtype=torch.float32, seed=0):
 
 
 def _arguments(logits, teacher, target, prior, reduction, weights=None):
-    return (logits, target, teacher, None, None, weights, prior, False, 2.0, 1.5, 0.8, 0.1, -100, reduction)
+    settings = (prior, False, False, 2.0, 1.5, 0.8, 0.1, False, -100, reduction)
+    return (logits, target, teacher, None, None, weights, *settings)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -270,7 +270,7 @@ def test_what_takes_no_top_k():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction):
     logits, target, top = _batch(5, 2)
-    settings = ("dirichlet", False, 2.0, 1.5, 0.8, 0.1, -100, reduction)
+    settings = ("dirichlet", False, False, 2.0, 1.5, 0.8, 0.1, False, -100, reduction)
     torch.library.opcheck(torch.ops.bkd_fast.kd_energy, (logits.requires_grad_(), target, *top, None, *settings))
 
 

@@ -30,9 +30,9 @@ def kd_energy(p: Problem) -> tuple[Tensor | float, Tensor, int, str]:
     gradient = torch.empty_like(p.logits)
     energy = None if p.summed else torch.empty((chains, rows), dtype=p.accumulator)
     total, bad_row, fault = native.kd_energy(
-        _address(p.logits), _name(p.logits), _address(p.teacher), _name(p.teacher), _address(p.indices),
+        _address(p.logits), _name(p.logits), _address(p.teacher), _name(p.teacher), p.teacher_by_label, _address(p.indices),
         p.indices is not None and p.indices.dtype == torch.int64, _address(p.rest),
-        0 if p.indices is None else p.indices.shape[1], _address(p.labels), _address(p.soft), _name(p.soft),
+        0 if p.indices is None else p.indices.shape[1], _address(p.labels), _address(p.soft), _name(p.soft), p.signed_target,
         _address(p.weights), p.weights is not None and p.weights.dim() == 2, _address(gradient), _address(energy), chains,
         rows, classes, 1 if p.teacher is None else p.teacher.shape[0], p.prior, p.teacher_is_probs, p.prior_strength,
         p.temperature, p.label_weight, p.label_smoothing, p.tolerance_teacher, p.tolerance_target, p.scale,

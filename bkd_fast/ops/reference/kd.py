@@ -22,7 +22,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 def _expectation(weight: Tensor, value: Tensor) -> Tensor:
     """sum_k weight_k value_k where a weight of 0 takes nothing, not even of an infinite value."""
-    return torch.where(weight > 0, weight * torch.where(weight > 0, value, 0.0), 0.0).sum(-1)
+    return torch.where(weight != 0, weight * torch.where(weight != 0, value, 0.0), 0.0).sum(-1)
 
 
 def _teacher_log_probs(p: Problem) -> Tensor:
@@ -113,10 +113,12 @@ def _gradient_of(p: Problem, logits: Tensor) -> Tensor:
 
 
 def _dense(p: Problem) -> Problem:
-    """The same with a teacher of all classes."""
+    """The same with a teacher of all rows and classes."""
+    classes = p.logits.shape[-1]
+    if p.teacher is not None and p.teacher_by_label and p.labels is not None:
+        return replace(p, teacher=p.teacher[:, p.labels.clamp(0, classes - 1)], teacher_by_label=False)
     if p.teacher is None or p.indices is None or p.rest is None:
         return p
-    classes = p.logits.shape[-1]
     indices = torch.where(_outside(p.indices, classes), 0, p.indices)
     teacher = TopKLogits(p.teacher[0], indices, p.rest).dense(classes)
     return replace(p, teacher=teacher[None], indices=None, rest=None)
@@ -138,15 +140,15 @@ def _faults(p: Problem) -> list[tuple[str, Tensor]]:
         values = values.double()
         return ~((values >= 0).all(-1) & ((values.sum(-1) - 1).abs() <= tolerance))
 
-    masked = p.logits == -INFINITY
+    masked, by_label = p.logits == -INFINITY, p.teacher_by_label
     if p.labels is not None:
-        ignored = p.labels == p.ignore_index
+        ignored = (p.labels == p.ignore_index) & (not p.teacher_by_label)
         look("target_out_of_range", _outside(p.labels, classes) & ~ignored)
     if p.indices is not None:
         look("teacher_index_out_of_range", _outside(p.indices, classes).any(-1))
         ordered = p.indices.sort(-1).values
         look("teacher_index_repeated", (ordered[:, 1:] == ordered[:, :-1]).any(-1))
-        p = _dense(p)
+    p = _dense(p)
     look("logits_not_finite", (p.logits.isnan() | (p.logits == INFINITY)).any(-1))
     look("logits_all_masked", masked.all(-1))
     if p.teacher is not None:
@@ -163,9 +165,15 @@ def _faults(p: Problem) -> list[tuple[str, Tensor]]:
     if p.weights is not None:
         look("weights_not_probabilities", not_probabilities(p.weights, p.tolerance_teacher))
     if p.label_weight != 0 and p.soft is not None:
-        look("target_not_probabilities", not_probabilities(p.soft, p.tolerance_target))
-        look("target_on_masked_class", ((p.soft > 0) & masked).any(-1))
-    if p.label_weight != 0 and p.labels is not None:
+        if p.signed_target:
+            soft = p.soft.double()
+            allowed = p.tolerance_target * soft.abs().sum(-1).clamp_min(1)
+            good = soft.isfinite().all(-1) & ((soft.sum(-1) - 1).abs() <= allowed)
+            look("target_sum_not_one", ~good)
+        else:
+            look("target_not_probabilities", not_probabilities(p.soft, p.tolerance_target))
+        look("target_on_masked_class", ((p.soft != 0) & masked).any(-1))
+    if (p.label_weight != 0 or by_label) and p.labels is not None:
         one_hot = torch.arange(classes) == p.labels[:, None]
         look("target_on_masked_class", (one_hot & masked).any(-1))
     return found

@@ -17,7 +17,8 @@ def kd_energy(p: Problem) -> tuple[Tensor, Tensor, int, str]:
         p.logits, p.teacher, p.indices, p.rest, p.labels, p.soft, p.weights, prior=p.prior,
         teacher_is_probs=p.teacher_is_probs, prior_strength=p.prior_strength, temperature=p.temperature,
         label_weight=p.label_weight, label_smoothing=p.label_smoothing, ignore_index=p.ignore_index, scale=p.scale,
-        tolerance_teacher=p.tolerance_teacher, tolerance_target=p.tolerance_target,
+        tolerance_teacher=p.tolerance_teacher, tolerance_target=p.tolerance_target, signed_target=p.signed_target,
+        teacher_by_label=p.teacher_by_label,
         total_factor=p.total_factor if p.summed else None, register=register, stamp=p.stamp,
     )  # fmt: skip
     fault = decode(int(register.item())) if p.register is None else None
