@@ -232,7 +232,8 @@ def cross_validated(score: Callable[[float, Tensor, Tensor], float], values: Seq
     means = []
     for value in values:
         scores = [
-            score(value, (folds != k).nonzero().flatten(), (folds == k).nonzero().flatten()) for k in folds.unique()
+            score(value, (folds != k).nonzero().flatten(), (folds == k).nonzero().flatten())
+            for k in range(int(folds.max()) + 1)
         ]
         means.append(sum(scores) / len(scores))
         if math.isnan(means[-1]):
