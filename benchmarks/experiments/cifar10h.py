@@ -85,21 +85,8 @@ class Data:
 
 
 def load(settings: Settings) -> Data:
-    train, train_y = cifar10("train", settings.train)
-    test, test_y = cifar10("test", settings.test)
-    mean, scale = train.mean((0, 1, 2)), train.std((0, 1, 2))
-
-    def images(pixels: np.ndarray) -> Tensor:
-        return torch.from_numpy(((pixels - mean) / scale).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
-
     counts = torch.from_numpy(np.load(folder() / "cifar10h-counts.npy")[: settings.test].astype(np.float64))
-    return Data(
-        images(train),
-        train_y,
-        images(test),
-        test_y,
-        counts,
-    )
+    return Data(*cifar10(settings.train, settings.test), counts)
 
 
 # ---- networks ----

@@ -370,8 +370,8 @@ def kd_energy(
             a table (classes, classes): each row's teacher is the table's row of its class. `target` must be classes then, none
             of them masked, and `ignore_index` is not one.
         mixture_weights: (teachers,) or (rows, teachers); None: the entropy weights.
-        prior_strength: negative for "reverse_kl" alone: it rewards distance from the teacher, and is bounded by log classes
-            and the teacher's smallest log probability; each of the others is then unbounded below.
+        prior_strength: negative for "reverse_kl" alone, where it rewards distance from the teacher, which KL(q || p) <=
+            -log min p bounds.
         signed_target: soft targets may be negative; they must be finite and sum to 1.
 
     Returns:

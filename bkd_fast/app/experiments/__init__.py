@@ -6,7 +6,9 @@ from typing import Any
 from bkd_fast.app.experiments.experiment import Experiment
 
 # what each is called on the command line, and the file that it is in
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    **dict.fromkeys(("cmi-few-shot", "cmi-zero-shot", "cmi-known-truth"), "cmi"),
+}
 
 
 def load(name: str) -> Experiment[Any]:

@@ -39,8 +39,24 @@ def unlike_mnist(rows: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(x[:rows].astype(np.float32) / 255).unsqueeze(1) for name, x in pixels.items()}
 
 
-def cifar10(part: str, rows: int) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Tensor]:
-    """The first images of CIFAR-10 as JPEG, uint8 (rows, 32, 32, 3), and their classes int64 (rows,); part: train or test."""
+def cifar10(train: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first images of both parts of CIFAR-10, which is JPEG here (some 30 dB), and their classes.
+
+    Returns:
+        train_x (N, 3, 32, 32) float32, train_y (N,) int64, test_x, test_y; channels centred and scaled as the training part's.
+    """
+    pixels, train_y = _decoded("train", train)
+    test_pixels, test_y = _decoded("test", test)
+    mean, scale = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
+    x, test_x = (
+        torch.from_numpy(((part - mean) / scale).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+        for part in (pixels, test_pixels)
+    )
+    return x, train_y, test_x, test_y
+
+
+def _decoded(part: str, rows: int) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Tensor]:
+    """uint8 (rows, 32, 32, 3) and int64 (rows,)."""
     from PIL import Image
 
     with np.load(folder() / f"cifar10_{part}_jpeg.npz") as arrays:
