@@ -404,20 +404,48 @@ def test_tar_files_are_the_same_images(folder, tars) -> None:
     assert torch.equal(torch.cat([y for _, y in loader]), ours[0].labels)
 
 
-def test_tar_files_that_lack_something(tars, tmp_path) -> None:
+def tar_of(file: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(file, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"x/000007.jpg": b"1"}, "x/000007 lacks a .cls"),
+        ({"000007.cls": b"1"}, "a.tar: 000007 lacks an image"),
+        ({"7.jpg": b"", "7.cls": b"cat\n"}, "7.cls is b'cat': must be a class number"),
+        ({"7.jpg": b"", "7.cls": b"-1"}, "7.cls is b'-1': must be a class number"),
+        ({"7.jpg": b"", "7.png": b"", "7.cls": b"0"}, "7 has two images"),
+        ({"7.txt": b""}, "a.tar: holds no images"),
+    ],
+)
+def test_tar_files_that_lack_something(tmp_path, members, message) -> None:
+    with pytest.raises(DataUnavailableError, match=message):
+        images.TarFiles(tar_of(tmp_path / "a.tar", members))
+
+
+def test_tar_files_that_are_none(tars, tmp_path) -> None:
     with pytest.raises(DataUnavailableError, match=r"there is no file .*train-03.tar"):
         images.TarFiles(tars / "train-{00..03}.tar")
+    with pytest.raises(DataUnavailableError, match=r"there is no file \*.tar"):
+        images.TarFiles(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"no tar file")
-    with pytest.raises(DataUnavailableError, match=r"a.tar: is no tar file"):
-        images.TarFiles(tmp_path / "a.tar")
-    (tmp_path / "a.tar").unlink()
-    for kind, lacking in (("jpg", "a .cls"), ("cls", "an image")):
-        with tarfile.open(tmp_path / "b.tar", "w") as tar:
-            info = tarfile.TarInfo(f"x/000007.{kind}")
-            info.size = 1
-            tar.addfile(info, io.BytesIO(b"1"))
-        with pytest.raises(DataUnavailableError, match=f"x/000007 lacks {lacking}"):
-            images.TarFiles(tmp_path)
+    with pytest.raises(DataUnavailableError, match=r"a.tar: is no uncompressed tar file"):
+        images.TarFiles(tmp_path)
+    with pytest.raises(DataUnavailableError, match=r"a.tar: is no uncompressed tar file"):
+        images.TarFiles(tar_of(tmp_path / "a.tar", {"7.jpg": b"1", "7.cls": b"0"}, "w:gz"))
+
+
+def test_an_image_of_a_tar_file_that_cannot_be_decoded_is_named(tmp_path) -> None:
+    train = tar_of(tmp_path / "a.tar", {"7.jpg": b"no image", "7.cls": b"0"})
+    loaded, _ = images.load(ImageFiles(train=train, test=train), 0)
+    with pytest.raises(UndecodableImageError, match=r"a.tar at byte 512 cannot be decoded"):
+        loaded[0]
 
 
 # ---- real images ----

@@ -3,7 +3,7 @@
 import io
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,20 +117,19 @@ class TarFiles:
     how the images are spread over files.
 
     Raises:
-        DataUnavailableError: a file is missing or no tar file, or a key lacks its image or its class.
+        DataUnavailableError: a file is missing or no uncompressed tar file, or a key lacks its image or its class number.
     """
 
     def __init__(self, path: Path) -> None:
         self._files = _tar_files(path)
         places, labels = [], []
         for number, file in enumerate(self._files):
-            for key, (place, label) in _contents(file).items():
-                if place is None or label is None:
-                    lacking = "an image" if place is None else "a .cls"
-                    raise DataUnavailableError(f"{file}: {key} lacks {lacking}; must have KEY.jpg and KEY.cls")
+            for place, label in _contents(file):
                 places.append((number, *place))
                 labels.append(label)
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)  # file, offset, bytes
+        if not labels:
+            raise DataUnavailableError(f"{path}: holds no images; must have KEY.jpg and KEY.cls")
+        self._places = np.array(places, dtype=np.int64)  # file, offset, bytes
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.class_names = tuple(map(str, range(max(labels) + 1)))
 
@@ -162,27 +161,31 @@ def _tar_files(path: Path) -> list[Path]:
     return files
 
 
-def _contents(file: Path) -> dict[str, tuple[tuple[int, int] | None, int | None]]:
-    """Of every key: where its image's bytes are, and its class."""
-    found: dict[str, tuple[tuple[int, int] | None, int | None]] = {}
+def _contents(file: Path) -> Iterator[tuple[tuple[int, int], int]]:
+    """Of every key, in the file's order: where its image's bytes begin and how many there are, and its class."""
+    images: dict[str, tuple[int, int]] = {}
+    classes: dict[str, int] = {}
     try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
+        with tarfile.open(file, "r:") as tar:  # not compressed, for bytes are read where they lie
+            for member in filter(tarfile.TarInfo.isreg, tar):
+                folder, slash, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
-                place, label = found.get(f"{folder}/{key}", (None, None))
+                key = folder + slash + key
                 if kind in ("jpg", "jpeg", "png"):
-                    place = member.offset_data, member.size
+                    if key in images:
+                        raise DataUnavailableError(f"{file}: {key} has two images; must have one")
+                    images[key] = member.offset_data, member.size
                 elif kind == "cls":
-                    text = tar.extractfile(member)
-                    assert text is not None
-                    label = int(text.read())
-                else:
-                    continue
-                found[f"{folder}/{key}"] = place, label
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataUnavailableError(f"{file}: is no tar file of images and their classes ({error})") from error
-    return found
+                    text = tar.extractfile(member).read().strip()  # type: ignore[union-attr]
+                    if not text.isdigit():
+                        raise DataUnavailableError(f"{file}: {key}.cls is {text[:20]!r}: must be a class number")
+                    classes[key] = int(text)
+    except (tarfile.TarError, OSError) as error:
+        raise DataUnavailableError(f"{file}: is no uncompressed tar file ({error})") from error
+    for lacking, keys in (("a .cls", images.keys() - classes.keys()), ("an image", classes.keys() - images.keys())):
+        if keys:
+            raise DataUnavailableError(f"{file}: {min(keys)} lacks {lacking}; must have KEY.jpg and KEY.cls")
+    return ((place, classes[key]) for key, place in images.items())
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
