@@ -1,6 +1,7 @@
 """The command line: `bkd-fast run`, `demo`, `reproduce` and `doctor`."""
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -209,9 +210,10 @@ def _summarise(results: "Results", console: Console) -> None:
     level = results.config.posterior.level
     noise = max(results.trace.noise_share, default=float("nan"))
     drift = max(results.trace.stationarity, key=abs, default=float("nan"))
+    stationarity = f", stationarity {drift:+.3f}" if not math.isnan(drift) else ""
     console.print(
         f"{100 * level:g} % deviance intervals cover {100 * results.covered.plug_in:.1f} % of the labels. "
-        f"Noise share {noise:.4f}, stationarity {drift:+.3f}. "
+        f"Noise share {noise:.4f}{stationarity}. "
         f"{results.throughput['steps_per_second']:,.0f} steps/s; {results.timings.total:.0f} s in all.",
         highlight=False,
     )

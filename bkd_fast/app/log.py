@@ -1,7 +1,9 @@
 """The record of a run, log.jsonl: one JSON object per line, each with its `event` and the seconds since the start."""
 
 import json
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -88,7 +90,7 @@ class ChainLog(Callback):
         self._write()
         self.noise_share = [float(share) for share in health.noise_share]
         self.stationarity = [float(share) for share in health.stationarity]
-        self._log.write("health", noise_share=self.noise_share, stationarity=self.stationarity)
+        self._log.write("health", noise_share=measured(self.noise_share), stationarity=measured(self.stationarity))
 
     def _write(self) -> None:
         """Close the current stretch of steps. The one place where the energy leaves its device."""
@@ -107,3 +109,8 @@ class ChainLog(Callback):
         self.steps.append(step)
         self.phases.append(phase)
         self.energies.append(energy)
+
+
+def measured(figures: Sequence[float]) -> list[float | None]:
+    """For JSON, which knows no NaN: None is what was not measured."""
+    return [None if math.isnan(figure) else figure for figure in figures]

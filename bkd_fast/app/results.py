@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bkd_fast.app.config import Config
 from bkd_fast.app.data import Images
-from bkd_fast.app.log import ChainLog
+from bkd_fast.app.log import ChainLog, measured
 from bkd_fast.app.scale.config import ScaleConfig
 from bkd_fast.app.scale.images import Pictures
 from bkd_fast.app.scores import Difference, Prediction, Scores, compare, score
@@ -75,13 +75,17 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of wall-clock time by part of the run; teacher is 0 where it came from the cache."""
+    """Seconds of wall-clock time by part of the run; teacher is 0 where it came from the cache.
+
+    features: recording what is below a part that is sampled alone.
+    """
 
     teacher: float
     student: float
     sampling: float
     predictive: float
     total: float
+    features: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,14 @@ class Results:
         return chain.warm_start + chain.burn_in + chain.thin * chain.num_draws
 
     @property
+    def draws(self) -> int:
+        """Of all chains."""
+        sampling = self.config.sampling
+        if isinstance(self.config, Config):
+            return sampling.num_draws
+        return sampling.num_draws * self.config.sampling.chains * self.config.processes.chains
+
+    @property
     def throughput(self) -> dict[str, float]:
         """Steps and training images per second; predictive cells (image x class) per second and draw."""
         batch = min(self.config.sampling.batch_size, len(self.images.train_y))
@@ -176,7 +188,10 @@ class Results:
             "deviance_coverage": [asdict(coverage) for coverage in self.coverage],
             "mean_mutual_information": float(self.mutual_information.mean()),
             "convergence": asdict(self.convergence),
-            "health": {"noise_share": self.trace.noise_share, "stationarity": self.trace.stationarity},
+            "health": {
+                "noise_share": measured(self.trace.noise_share),
+                "stationarity": measured(self.trace.stationarity),
+            },
             "seconds": asdict(self.timings),
             "throughput": self.throughput,
             "teacher_reused": self.teacher_reused,

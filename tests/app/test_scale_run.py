@@ -1,5 +1,6 @@
 """Runs on images: data, networks, the run itself with every kind of teacher, alone and on several processes."""
 
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torchvision_here import make_importable
 from typer.testing import CliRunner
 
+import bkd_fast as bkd
 from bkd_fast import BKDFastWarning
 from bkd_fast.app.cli import app
 from bkd_fast.app.config import ConfigError
@@ -24,7 +26,7 @@ from bkd_fast.app.scale import images, networks, upper
 from bkd_fast.app.scale.config import ImageFiles, Runtime, ScaleConfig
 from bkd_fast.app.scale.dry_run import examine
 from bkd_fast.app.scale.images import UndecodableImageError
-from bkd_fast.app.scale.run import run
+from bkd_fast.app.scale.run import Place, run
 
 make_importable()
 
@@ -305,24 +307,63 @@ def test_the_command_line_knows_the_kind(folder, tmp_path) -> None:
 # ---- heads and last modules on recorded features ----
 
 
-@pytest.mark.parametrize(("sampled", "more"), [("head", ()), ("layer4", ("sampling.momentum=0.9",))])
+@pytest.mark.parametrize(
+    ("sampled", "more"),
+    [
+        ("head", ("runtime.bf16=true", "runtime.channels_last=true")),
+        ("layer4", ("sampling.momentum=0.9", "teacher.mode=clean", "teacher.top_k=2", "runtime.channels_last=true")),
+    ],
+)
 def test_upper_parts_are_sampled_on_recorded_features(folder, tmp_path, sampled, more) -> None:
-    settings = config(
-        folder, tmp_path / "run", f"sampling.sampled={sampled}", "sampling.chains=3", "teacher.mode=clean", *more
-    )
+    output = tmp_path / "run"
+    settings = config(folder, output, f"sampling.sampled={sampled}", "sampling.chains=3", *more)
     results = run(settings, Console(quiet=True))
     assert results is not None
     posterior = results.bkd
     assert torch.isfinite(posterior.probs).all() and (results.upper > results.lower).any()
-    assert results.convergence is not None
-    with safe_open(tmp_path / "run" / "draws-0.safetensors", "pt") as kept:
+    assert results.draws == results.trace.drawn == 3 * 4 and results.convergence.rhat is not None
+    with safe_open(output / "draws-0.safetensors", "pt") as kept:
         names = list(kept.keys())
     assert names and not any("conv1" in name and "layer" not in name for name in names)
     # the features are those of the first run: another chain takes no time for them
-    stamp = (tmp_path / "run" / "features" / "train.bin").stat().st_mtime_ns
+    stamp = (output / "features" / "train.bin").stat().st_mtime_ns
     again = run(settings, Console(quiet=True))
-    assert (tmp_path / "run" / "features" / "train.bin").stat().st_mtime_ns == stamp
+    assert (output / "features" / "train.bin").stat().st_mtime_ns == stamp
     assert again is not None and torch.equal(again.bkd.probs, posterior.probs)
+
+
+def test_features_and_logits_of_a_head_are_those_of_the_images_as_they_are(folder, tmp_path) -> None:
+    """The teacher is asked online by the student's training; of what the head sees, its logits are recorded."""
+    run(config(folder, tmp_path, "sampling.sampled=head"), Console(quiet=True))
+    train, test = images.load(files(folder), 0)
+    teacher, student = (networks.build("timm:test_resnet", CLASSES, 0).eval() for _ in range(2))
+    networks.load_weights(teacher, tmp_path / "teacher.safetensors")
+    networks.load_weights(student, tmp_path / "student.safetensors")
+    cache = bkd.FeatureCache(tmp_path / "features" / "train")
+    assert torch.equal(cache.targets, train.labels[cache.ids])
+    assert torch.equal(cache.ids.sort().values, torch.arange(len(train))) and not torch.equal(
+        cache.ids, torch.arange(len(train))
+    )
+    logits = bkd.TeacherCache(tmp_path / "features" / "teacher-logits").logits(cache.ids)
+    with torch.no_grad():
+        x = torch.stack([train[int(i)][0] for i in cache.ids])
+        torch.testing.assert_close(logits.float(), teacher(x), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(student.fc(cache.rows(0, len(train)).float()), student(x), rtol=2e-3, atol=2e-3)
+        seen = bkd.FeatureCache(tmp_path / "features" / "test").rows(0, len(test)).float()
+        x = torch.stack([test[i][0] for i in range(len(test))])
+        torch.testing.assert_close(student.fc(seen), student(x), rtol=2e-3, atol=2e-3)
+
+
+def test_a_head_says_what_was_measured_of_it(folder, tmp_path) -> None:
+    run(config(folder, tmp_path, "sampling.sampled=head", "sampling.chains=2"), Console(quiet=True))
+    found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found["health"]["noise_share"][0] > 0 and found["health"]["stationarity"] == [None]
+    assert found["seconds"]["features"] > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "not measured" in page and "Only the last linear layer is sampled, 2\nchains at once" in page
+    assert "Features below head" in page and "of 8 draws" in page
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {event["chain"] for event in events if event["event"] == "draw"} == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_resnet", "timm:test_efficientnet"])
@@ -345,21 +386,37 @@ def test_networks_that_are_not_cut_there() -> None:
     network = networks.build("timm:test_vit", CLASSES, 0)
     with pytest.raises(ConfigError, match=r"sampling.sampled = 'layer4': must be all, head, or one of patch_embed"):
         upper.cut(network, "layer4", 160)
-    with pytest.raises(ConfigError, match=r"sampling.sampled = 'norm': the network is"):
+    with pytest.raises(ConfigError, match=r"sampled = norm: the network is not its children in turn, from norm \("):
         upper.cut(network, "norm", 160)
-    with pytest.raises(ConfigError, match=r"no nn.Linear"):
+    with pytest.raises(ConfigError, match=r"data.size = 32: the network cannot take such images \(Input height"):
+        upper.cut(networks.build("timm:vit_tiny_patch16_224", CLASSES, 0), "head", 32)
+    with pytest.raises(ConfigError, match=r"no nn.Linear; must be all, or one of 0, 1"):
         upper.cut(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten()), "head", 8)
+    with pytest.raises(ConfigError, match=r"sampled = head: the network is not what is below and then 1 \(gives other"):
+        upper.cut(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4), torch.nn.ReLU()), "head", 8)
+
+
+def test_a_part_that_is_not_there_is_noticed_before_anything_is_trained(folder, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"sampling.sampled = 'layer9': must be all, head, or one of conv1"):
+        run(config(folder, tmp_path / "out", "sampling.sampled=layer9"), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_upper_parts_are_for_one_process(folder, tmp_path, monkeypatch) -> None:
+    shared = contextlib.nullcontext(Place(mesh=object(), device=torch.device("cpu")))
+    monkeypatch.setattr("bkd_fast.app.scale.run._processes", lambda config: shared)
+    with pytest.raises(ConfigError, match=r"sampling.sampled = head on \d processes: must be all"):
+        run(config(folder, tmp_path / "out", "sampling.sampled=head"), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["sampling.chains=2"], "sampling.chains = 2 with sampling.sampled = all: must be 1"),
-        (["sampling.sampled=head"], "teacher.mode = online with sampling.sampled = head: must be clean"),
-        (["sampling.sampled=head", "teacher.mode=clean", "sampling.augment=true"], "sampling.augment = True"),
-        (["sampling.sampled=head", "teacher.mode=clean", "sampling.momentum=0.9"], "sampling.momentum = 0.9"),
-        (["sampling.sampled=head", "teacher.mode=clean", "teacher.top_k=2"], "teacher.top_k = 2"),
-        (["sampling.sampled=head", "teacher.mode=clean", "processes.chains=2"], "must be one chain and one shard"),
+        (["sampling.sampled=head", "sampling.augment=true"], "sampling.augment = True"),
+        (["sampling.sampled=head", "sampling.momentum=0.9"], "sampling.momentum = 0.9"),
+        (["sampling.sampled=head", "processes.chains=2"], "must be one chain and one shard"),
     ],
 )
 def test_settings_that_upper_parts_do_not_go_with(folder, tmp_path, overrides, message) -> None:

@@ -155,18 +155,11 @@ class ScaleConfig(Root):
 
     @model_validator(mode="after")
     def _upper_parts(self) -> Self:
-        chain, upper = self.sampling, self.sampling.sampled != "all"
-        head = chain.sampled == "head"
+        chain = self.sampling
+        upper, head = chain.sampled != "all", chain.sampled == "head"
         for wrong, key, value, allowed in (
             (not upper and chain.chains > 1, "sampling.chains", chain.chains, "1: processes.chains has whole networks"),
             (upper and chain.augment, "sampling.augment", True, "false: features are of one view of each image"),
-            (upper and self.teacher.mode != "clean", "teacher.mode", self.teacher.mode, "clean, as features are"),
-            (
-                head and self.teacher.top_k is not None,
-                "teacher.top_k",
-                self.teacher.top_k,
-                "null: heads take all logits",
-            ),
             (head and chain.momentum > 0, "sampling.momentum", chain.momentum, "0: heads sample by SGLD"),
             (upper and self.processes != Processes(), "processes", self.processes, "one chain and one shard"),
         ):

@@ -69,8 +69,15 @@ def run(config: ScaleConfig, console: Console) -> Results | None:
     with _processes(config) as place:
         train, test = images.load(config.data, config.seed)
         classes = len(train.source.class_names)
-        for network in (config.teacher, config.student):
-            networks.build(network.model, classes, config.seed)
+        networks.build(config.teacher.model, classes, config.seed)
+        student = networks.build(config.student.model, classes, config.seed)
+        if config.sampling.sampled != "all":
+            if place.mesh is not None:
+                raise ConfigError(
+                    f"sampling.sampled = {config.sampling.sampled} on {processes()} processes: must be all; heads and last "
+                    "modules are sampled on one"
+                )
+            upper.cut(student, config.sampling.sampled, config.data.size)
         job = _Job(config, place, train, test, classes, console)
         return job.run()
 
@@ -112,14 +119,18 @@ class _Job:
             student_logits = self._logits(student)
             ended.append(time.perf_counter())
 
+            whole = config.sampling.sampled == "all"
+            recorded = None if whole else self._recorded(student, teacher, cache)
+            ended.append(time.perf_counter())
+
             trace = ChainLog(log, config.sampling.log_every)
-            predictive = self._sample(student, student_logits, loss, online, cache, trace)
+            predictive = self._sample(student, student_logits, loss, online, cache, recorded, trace)
             ended.append(time.perf_counter())
             posterior = self._pooled()
             if posterior is None:
                 return None
-            teaching, studying, sampling = (b - a for a, b in pairwise(ended))
-            timings = Timings(teaching, studying, sampling - predictive, predictive, log.seconds)
+            teaching, studying, recording, sampling = (b - a for a, b in pairwise(ended))
+            timings = Timings(teaching, studying, sampling - predictive, predictive, log.seconds, recording)
             parameters = {name: count_parameters(m) for name, m in (("teacher", teacher), ("student", student))}
             results = self._results(posterior, teacher_logits, student_logits, parameters, trace, timings, reused)
             self.outputs.metrics.write_text(json.dumps(results.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -195,25 +206,54 @@ class _Job:
         settings = self.config.teacher
         if settings.mode == "online":
             return None
-        folder = self.config.output / "teacher-logits"
+        return self._logits_on_disk(teacher, "teacher-logits", settings.views if settings.mode == "views" else None)
+
+    def _logits_on_disk(self, teacher: nn.Module, folder: str, views: int | None) -> bkd.TeacherCache:
+        """The teacher's logits of so many augmentations of each training image; None: of the image as it is."""
         data = self.config.data
         about = {
             "teacher": bkd.fingerprint_of(teacher),
             "data": bkd.data_hash(self.train.ids, self.train.labels),
             "images": str(data.train),
-            "view": f"{data.size}/{data.resize}" + (f", seed {self.config.seed}" if settings.mode == "views" else ""),
+            "view": f"{data.size}/{data.resize}" + ("" if views is None else f", seed {self.config.seed}"),
         }
         writer = bkd.TeacherCache.create(
-            folder, num_samples=len(self.train), classes=self.classes, views=settings.views, top_k=settings.top_k,
-            fingerprint=about,
+            self.config.output / folder, num_samples=len(self.train), classes=self.classes, views=views or 1,
+            top_k=self.config.teacher.top_k, fingerprint=about,
         )  # fmt: skip
-        for view in range(settings.views):
+        for view in range(views or 1):
             missing = writer.missing(view)
             mine = missing[missing * processes() // len(self.train) == rank()]
-            keys: list[Any] = mine.tolist() if settings.mode == "clean" else [(i, view) for i in mine.tolist()]
+            keys: list[Any] = mine.tolist() if views is None else [(i, view) for i in mine.tolist()]
             loader = self._loader(_WithIds(self.train, keys))
             bkd.record_teacher(teacher, loader, writer, device=self.place.device, view=view)
         return writer.finish()
+
+    # ---- features below the part that is sampled ----
+
+    def _recorded(self, student: nn.Module, teacher: nn.Module, cache: bkd.TeacherCache | None) -> upper.Recorded:
+        """The sampled part of the student, features of all images below it, and the teacher's logits of the same views."""
+        config, device = self.config, self.place.device
+        network = networks.build(config.student.model, self.classes, config.seed)
+        network.load_state_dict(student.state_dict())
+        parts = upper.cut(network, config.sampling.sampled, config.data.size)
+        whose = {
+            "network": bkd.fingerprint_of(network),
+            "below": parts.name,
+            "images": f"{config.data.size}/{config.data.resize}, {bkd.data_hash(self.train.ids, self.test.ids)}",
+        }
+        body = networks.prepared(parts.body, config.runtime, device)
+        train, test = (
+            upper.record(
+                body, images, config.output / "features" / name, {**whose, "part": name}, shuffled=order,
+                workers=config.data.workers, device=device,
+            )
+            for name, images, order in (("train", self.train, config.seed), ("test", self.test, None))
+        )  # fmt: skip
+        if config.teacher.mode != "clean":  # the point estimates saw augmentations, or still do
+            cache = self._logits_on_disk(teacher, "features/teacher-logits", None)
+        assert cache is not None
+        return upper.Recorded(parts.top.to(device), train, test, cache)
 
     # ---- the chain ----
 
@@ -224,6 +264,7 @@ class _Job:
         loss: bkd.KDLoss,
         teacher: nn.Module | None,
         cache: bkd.TeacherCache | None,
+        recorded: upper.Recorded | None,
         trace: ChainLog,
     ) -> float:
         """Run this process's part of the chain into `self.posterior`; the seconds that the posterior took."""
@@ -233,12 +274,12 @@ class _Job:
             num_draws=settings.num_draws if settings.num_draws > 1 else None, device=place.device,
         )  # fmt: skip
         self.posterior.choose_classes_by(student_logits[self.rows])  # alike in all chains
-        if settings.sampled == "all":
+        test: Iterable[Any] = self.test_loader
+        if recorded is None:
             sampler, chain = self._whole_chain(student, loss, teacher, cache, trace)
-            test: Iterable[Any] = self.test_loader
         else:
-            assert cache is not None
-            sampler, chain, test = self._upper_chain(student, loss, cache, trace)
+            sampler, chain = self._upper_chain(recorded, loss, trace)
+            test = upper.Rows(recorded.test)
         keeps = place.shard[0] == 0
         draws = None
         seconds = 0.0
@@ -279,39 +320,17 @@ class _Job:
         return self._chain(model, 1, loss, batches, teacher, trace)
 
     def _upper_chain(
-        self, student: nn.Module, loss: bkd.KDLoss, cache: bkd.TeacherCache, trace: ChainLog
-    ) -> tuple[Any, Iterator[bkd.Draw], Iterable[Any]]:
-        """The sampler of the student's head or upper modules, its draws, and the test images as they see them."""
-        config, device = self.config, self.place.device
-        settings = config.sampling
-        network = networks.build(config.student.model, self.classes, config.seed)
-        network.load_state_dict(student.state_dict())
-        parts = upper.cut(network, settings.sampled, config.data.size)
-        body = networks.prepared(parts.body, config.runtime, device)
-        whose = {
-            "network": bkd.fingerprint_of(network),
-            "below": parts.name,
-            "images": f"{config.data.size}/{config.data.resize}, {bkd.data_hash(self.train.ids, self.test.ids)}",
-        }
-        caches = [
-            upper.record(
-                body, images, config.output / "features" / name, {**whose, "part": name}, shuffled=order,
-                workers=config.data.workers, device=device,
-            )
-            for name, images, order in (("train", self.train, config.seed), ("test", self.test, None))
-        ]  # fmt: skip
-        top = parts.top.to(device)
+        self, recorded: upper.Recorded, loss: bkd.KDLoss, trace: ChainLog
+    ) -> tuple[Any, Iterator[bkd.Draw]]:
+        """The sampler of the student's head or last modules, and its draws."""
+        settings, seed = self.config.sampling, self.config.seed
         batches = bkd.FeatureBatches(
-            caches[0], cache, batch_size=settings.batch_size, seed=config.seed + 2, dtype=torch.float32
+            recorded.train, recorded.teacher, batch_size=settings.batch_size, seed=seed + 2, dtype=torch.float32
         )
-        if isinstance(top, nn.Linear):
-            sampler, draws = upper.head_draws(
-                top, batches, loss, settings, len(self.train), config.seed, device, [trace]
-            )
-        else:
-            model = bkd.StackedModule(top, settings.chains) if settings.chains > 1 else top
-            sampler, draws = self._chain(model, settings.chains, loss, upper.Stream(batches), None, trace)
-        return sampler, draws, upper.Rows(caches[1])
+        if isinstance(recorded.top, nn.Linear):
+            return upper.head_draws(recorded, batches, loss, settings, seed, trace)
+        model = bkd.StackedModule(recorded.top, settings.chains) if settings.chains > 1 else recorded.top
+        return self._chain(model, settings.chains, loss, upper.Stream(batches), None, trace)
 
     def _chain(
         self, model: nn.Module, chains: int, loss: bkd.KDLoss, batches: Any, teacher: nn.Module | None, trace: ChainLog

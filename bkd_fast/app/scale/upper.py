@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import bkd_fast as bkd
 from bkd_fast.app.config import ConfigError
+from bkd_fast.app.log import ChainLog
 from bkd_fast.app.scale.config import Sampling
 
 HEAD = "head"
 PROBES = 4  # images on which a cut is tried
 READ = 1024  # rows of features at a time
+WRONG = (RuntimeError, TypeError, ValueError, AssertionError)  # what networks raise for inputs that they cannot take
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,21 @@ def cut(network: nn.Module, where: str, size: int) -> Cut:
         size: pixels of the square images, on which the cut is tried.
 
     Raises:
-        ConfigError: there is no such module, or the network is not that chain.
+        ConfigError: there is no such module, the network is not that chain, or it cannot take such images.
     """
+    x = torch.randn(PROBES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            logits = network.eval()(x)
+    except WRONG as error:
+        raise ConfigError(f"data.size = {size}: the network cannot take such images ({error})") from error
     children = dict(network.named_children())
     if where == HEAD:
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise ConfigError("sampling.sampled = head: the network has no nn.Linear; must be a child module's name")
+            raise ConfigError(
+                f"sampling.sampled = head: the network has no nn.Linear; must be all, or one of {', '.join(children)}"
+            )
         found = Cut(*bkd.split_head(network, linear[-1]), linear[-1])
     elif where in children:
         names = list(children)
@@ -55,19 +66,34 @@ def cut(network: nn.Module, where: str, size: int) -> Cut:
         found = Cut(nn.Sequential(*(children[name] for name in below)), top, where)
     else:
         raise ConfigError(f"sampling.sampled = {where!r}: must be all, head, or one of {', '.join(children)}")
-    network.eval(), found.body.eval(), found.top.eval()
-    with torch.no_grad():
-        x = torch.randn(PROBES, 3, size, size, generator=torch.Generator().manual_seed(0))
-        try:
-            same = torch.allclose(found.top(found.body(x)), network(x), rtol=1e-4, atol=1e-5)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"sampling.sampled = {where!r}: the network is not cut there ({error})") from error
+    try:
+        with torch.no_grad():
+            same = torch.allclose(found.top.eval()(found.body.eval()(x)), logits, rtol=1e-4, atol=1e-5)
+        reason = "gives other logits"
+    except WRONG as error:
+        same, reason = False, str(error)
     if not same:
+        chain = "what is below and then" if where == HEAD else "its children in turn, from"
         raise ConfigError(
-            f"sampling.sampled = {where!r}: the network is no chain of its children up to {found.name}; must be all, or "
-            "another of its modules"
+            f"sampling.sampled = {where}: the network is not {chain} {found.name} ({reason}); must be all, or another of its "
+            f"modules: {', '.join(children)}"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the upper part of a student is sampled on.
+
+    top: the part, as the point estimate has it.
+    train, test: the features that reach it, of training images in random order and of test images as they come.
+    teacher: logits by training image, of the view that the features are of.
+    """
+
+    top: nn.Module
+    train: bkd.FeatureCache
+    test: bkd.FeatureCache
+    teacher: bkd.TeacherCache
 
 
 def _copied(network: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
@@ -144,26 +170,59 @@ class Stream:
 
 
 def head_draws(
-    head: nn.Linear, batches: bkd.FeatureBatches, loss: bkd.KDLoss, settings: Sampling, num_data: int, seed: int,
-    device: torch.device, callbacks: Sequence[bkd.Callback],
-) -> tuple[bkd.LinearHeadSampler, Iterator[bkd.Draw]]:  # fmt: skip
-    """K chains of a linear head, gradient and noise in one operation; the warm start is at temperature 0, all from `head`."""
+    recorded: Recorded, batches: bkd.FeatureBatches, loss: bkd.KDLoss, settings: Sampling, seed: int, log: ChainLog
+) -> tuple[bkd.LinearHeadSampler, Iterator[bkd.Draw]]:
+    """K chains of a linear head, gradient and noise in one operation, all from where it is after the warm start.
+
+    Their noise share is measured there, as `sample` does with any network; `sample_heads` has no health of its own.
+    """
+    head, num_data = recorded.top, len(recorded.train)
+    assert isinstance(head, nn.Linear)
     sampler = bkd.LinearHeadSampler(
         head.in_features, head.out_features, lr=settings.lr, num_data=num_data, chains=settings.chains,
-        prior_strength=loss.prior_strength, temperature=loss.temperature, posterior_temperature=settings.temperature,
-        prior_precision=settings.prior_precision, bias=head.bias is not None, init=head.weight, seed=seed, device=device,
+        prior_strength=loss.prior_strength, temperature=loss.temperature, posterior_temperature=0.0,
+        prior_precision=settings.prior_precision, bias=head.bias is not None, init=head.weight, seed=seed,
     )  # fmt: skip
     if sampler.bias is not None:
         sampler.bias.copy_(head.bias.detach())
-    if settings.warm_start:
-        sampler.posterior_temperature = 0.0
-        warm = batches.at(0)
-        for _ in range(settings.warm_start):
-            x, y, logits = next(warm)
-            sampler.step(x.to(device), y.to(device), logits.to(device))
-        sampler.posterior_temperature = settings.temperature
-    stream = batches.at(sampler.steps)
-    draws = bkd.sample_heads(
-        sampler, stream, burn_in=settings.burn_in, thin=settings.thin, num_draws=settings.num_draws, callbacks=callbacks
+    for batch in islice(batches, settings.warm_start):
+        sampler.step(*(part.to(sampler.weight.device) for part in batch))
+    sampler.posterior_temperature = settings.temperature
+
+    ended = _Ended()
+    model = copy.deepcopy(sampler.head(0)).requires_grad_()
+    alike = bkd.SGLD(
+        model.named_parameters(), settings.lr, num_data=num_data, temperature=settings.temperature, seed=seed
     )
+    for _ in bkd.sample(model, alike, loss, batches, num_draws=1, progress=False, callbacks=[ended]):
+        pass
+    draws = bkd.sample_heads(
+        sampler, batches.at(sampler.steps), burn_in=settings.burn_in, thin=settings.thin, num_draws=settings.num_draws,
+        callbacks=[_Told(log, ended.health.noise_share)],
+    )  # fmt: skip
     return sampler, draws
+
+
+class _Ended(bkd.Callback):
+    """The health of a loop that has ended."""
+
+    health: bkd.Health
+
+    def on_end(self, health: bkd.Health) -> None:
+        self.health = health
+
+
+class _Told(bkd.Callback):
+    """The log of a chain, told of a noise share that its own loop does not measure."""
+
+    def __init__(self, log: ChainLog, noise_share: list[float]) -> None:
+        self.log, self.noise_share = log, noise_share
+
+    def on_step(self, record: bkd.StepRecord) -> None:
+        self.log.on_step(record)
+
+    def on_draw(self, draw: bkd.Draw) -> None:
+        self.log.on_draw(draw)
+
+    def on_end(self, health: bkd.Health) -> None:
+        self.log.on_end(replace(health, noise_share=self.noise_share))
