@@ -424,9 +424,23 @@ def test_settings_that_upper_parts_do_not_go_with(folder, tmp_path, overrides, m
         config(folder, tmp_path, *overrides)
 
 
-def test_a_dry_run_tells_the_features_disk(folder, tmp_path) -> None:
-    rows, problems = examine(config(folder, tmp_path / "run", "sampling.sampled=head", "teacher.mode=clean"))
-    assert not problems and "numbers an image" in rows["disk for features"] and "chains at once" in rows["sampled"]
+@pytest.mark.parametrize("sampled", ["head", "layer4"])
+def test_a_dry_run_tells_what_upper_parts_take(folder, tmp_path, sampled) -> None:
+    network = networks.build("timm:test_resnet", CLASSES, 0)  # a sixteenth of the image's side before layer4
+    width = network.fc.in_features if sampled == "head" else network.layer4[0].conv1.in_channels * (SIZE // 16) ** 2
+    settings = config(folder, tmp_path / "run", f"sampling.sampled={sampled}", "sampling.chains=3")
+    rows, problems = examine(settings)
+    bytes_of = 2 * width * CLASSES * (TRAIN + TEST)
+    assert not problems and rows["disk for features"] == f"{bytes_of / 1000:.3g} kB, {width:,} numbers an image"
+    assert rows["sampled"].endswith(" parameters, 3 chains at once")
+    assert rows["recording of features"].startswith("33 images, ") and rows["chain"].startswith("13 steps, ")
+    assert rows["a step of the chain"].endswith("reading features not included")
+    assert ("begins anew" in rows["disk for a checkpoint"]) == (sampled == "head")
+    assert rows["disk for the teacher's logits on the features' views"] == "168 B"
+    only = config(folder, tmp_path / "run", f"sampling.sampled={sampled}", "teacher.mode=clean")
+    assert "disk for the teacher's logits on the features' views" not in examine(only)[0]
+    with pytest.raises(ConfigError, match=r"sampling.sampled = 'layer9': must be all, head, or one of"):
+        examine(config(folder, tmp_path / "run", "sampling.sampled=layer9"))
 
 
 # ---- tar files ----
