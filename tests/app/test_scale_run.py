@@ -354,6 +354,28 @@ def test_features_and_logits_of_a_head_are_those_of_the_images_as_they_are(folde
         torch.testing.assert_close(student.fc(seen), student(x), rtol=2e-3, atol=2e-3)
 
 
+def test_a_killed_head_begins_anew_with_the_features_that_it_has(folder, tmp_path, monkeypatch) -> None:
+    settings = config(folder, tmp_path / "a", "sampling.sampled=head", "sampling.chains=2")
+    whole = run(settings, Console(quiet=True))
+    killed = config(folder, tmp_path / "b", "sampling.sampled=head", "sampling.chains=2")
+    offer = bkd.PosteriorPredictive.update
+
+    def update(posterior, draw, loader) -> None:
+        if draw.index == 2:
+            raise KeyboardInterrupt
+        offer(posterior, draw, loader)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bkd.PosteriorPredictive, "update", update)
+        run(killed, Console(quiet=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(bkd, "record_features", lambda *a, **k: pytest.fail("the features are there"))
+        again = run(killed, Console(quiet=True))
+    assert torch.equal(again.bkd.probs, whole.bkd.probs) and again.trace.taken == whole.trace.taken
+    cards = [json.loads((tmp_path / name / "draws-0.json").read_text()) for name in "ab"]
+    assert [[draw["index"] for draw in card["draws"]] for card in cards] == [[0, 2], [0, 2]]
+
+
 def test_a_head_says_what_was_measured_of_it(folder, tmp_path) -> None:
     run(config(folder, tmp_path, "sampling.sampled=head", "sampling.chains=2"), Console(quiet=True))
     found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -525,26 +547,32 @@ def test_an_image_of_a_tar_file_that_cannot_be_decoded_is_named(tmp_path) -> Non
 @pytest.mark.skipif(
     "BKD_FAST_DATA" not in os.environ, reason="BKD_FAST_DATA is not set: it names the folder with the data sets"
 )
+@pytest.mark.parametrize(("sampled", "mode"), [("all", "clean"), ("head", "online")])
 @pytest.mark.parametrize(
     ("train", "test", "size", "count"),
     [
         ("tiny_imagenet_train_100_per_class.npz", "tiny_imagenet_val_25_per_class.npz", 32, 48),
         ("imagenet_sample_1000.npz", "imagenet_sample_1000.npz", 64, 24),
     ],
+    ids=["tiny_imagenet", "imagenet"],
 )
-def test_real_images_through_the_same_path(tmp_path, train, test, size, count) -> None:
+def test_real_images_through_the_same_path(tmp_path, train, test, size, count, sampled, mode) -> None:
     """Two epochs of a few dozen images of ImageNet's classes: every part runs; nothing can be learned from so few."""
     data = Path(os.environ["BKD_FAST_DATA"])
     values = {
         "output": str(tmp_path / "run"),
         "data": {"train": str(data / train), "test": str(data / test), "size": size, "resize": size + 4, "workers": 0,
                  "train_size": count, "test_size": 12},
-        "teacher": {"model": "timm:test_resnet", "mode": "clean", "training": {"epochs": 2, "batch_size": 12, "lr": 0.05}},
+        "teacher": {"model": "timm:test_resnet", "mode": mode, "training": {"epochs": 2, "batch_size": 12, "lr": 0.05}},
         "student": {"model": "timm:test_resnet", "training": {"epochs": 2, "batch_size": 12, "lr": 0.05}},
-        "sampling": {"lr": 1e-3, "batch_size": 12, "warm_start": 2, "burn_in": 2, "thin": 1, "num_draws": 4, "log_every": 2},
+        "sampling": {"sampled": sampled, "lr": 1e-3, "batch_size": 12, "warm_start": 2, "burn_in": 2, "thin": 1, "num_draws": 4,
+                     "log_every": 2},
         "posterior": {"keep": 2},
     }  # fmt: skip
     results = run(ScaleConfig.build(values), Console(quiet=True))
     assert results is not None and (tmp_path / "run" / "report.html").stat().st_size > 10_000
     probabilities = results.bkd.probs
-    assert probabilities.shape[0] == 12 and torch.allclose(probabilities.sum(1), torch.ones(12).double(), atol=1e-3)
+    assert probabilities.shape == (12, len(results.images.class_names))
+    assert torch.allclose(probabilities.sum(1), torch.ones(12).double(), atol=1e-3)
+    assert results.trace.taken == 2 * (sampled == "all") + 2 + 4 == results.trace.steps[-1]
+    assert (tmp_path / "run" / "features" / "test.bin").exists() == (sampled == "head")
