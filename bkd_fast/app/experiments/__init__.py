@@ -8,6 +8,8 @@ from bkd_fast.app.experiments.experiment import Experiment
 # what each is called on the command line, and the file that it is in
 MODULES: dict[str, str] = {
     **dict.fromkeys(("cmi-few-shot", "cmi-zero-shot", "cmi-known-truth"), "cmi"),
+    "semiparametric-tabular": "semiparametric",
+    "semiparametric-cifar": "semiparametric_cifar",
 }
 
 
