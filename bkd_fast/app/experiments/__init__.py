@@ -11,6 +11,8 @@ MODULES: dict[str, str] = {
     "gped-mnist": "gped",
     "gped-ood": "gped",
     "faithful-mnist": "faithful_mnist",
+    "semiparametric-tabular": "semiparametric",
+    "semiparametric-cifar": "semiparametric_cifar",
 }
 
 
