@@ -6,7 +6,10 @@ from typing import Any
 from bkd_fast.app.experiments.experiment import Experiment
 
 # what each is called on the command line, and the file that it is in
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "bkd-perturbation": "bkd_perturbation",
+    "bkd-synthetic": "bkd_synthetic",
+}
 
 
 def load(name: str) -> Experiment[Any]:
