@@ -23,6 +23,7 @@ from bkd_fast.app.experiments.common import (
     logits_of,
     normal_quantile,
     over_seeds,
+    point_scores,
     predictive,
     sample_posterior,
     seeded,
@@ -74,19 +75,6 @@ def train_teacher(x: Tensor, y: Tensor, settings: Settings, seed: int) -> nn.Mod
     batches = Batches(x, y, batch_size=min(settings.batch_size, 200), shuffle_seed=seed)
     epochs = -(-settings.steps // len(batches))
     return fit(network, batches, functional.cross_entropy, epochs=epochs, lr=2e-3, weight_decay=1e-2)
-
-
-def point_scores(log_probs: Tensor, truth: Tensor) -> dict[str, float]:
-    """Accuracy, NLL and KL(true || predicted), all in expectation over the true p(y given x): no test labels, no their noise.
-
-    Args:
-        log_probs, truth: (rows, C) logarithms of predicted and true probabilities.
-    """
-    p = truth.exp()
-    nll = -(p * log_probs).sum(1).mean()
-    entropy = -(p * truth).sum(1).mean()
-    accuracy = p.gather(1, log_probs.argmax(1, keepdim=True)).mean()
-    return {"accuracy": float(accuracy), "nll": float(nll), "kl": float(nll - entropy)}
 
 
 def scores_of(

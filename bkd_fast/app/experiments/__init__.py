@@ -13,6 +13,8 @@ MODULES: dict[str, str] = {
     "faithful-mnist": "faithful_mnist",
     "semiparametric-tabular": "semiparametric",
     "semiparametric-cifar": "semiparametric_cifar",
+    "bkd-perturbation": "bkd_perturbation",
+    "bkd-synthetic": "bkd_synthetic",
 }
 
 

@@ -100,7 +100,25 @@ def sample_posterior(
     lr = min(step_size.lr * noise_share / step_size.noise_share[0], 0.25 / step_size.largest_curvature)
     for group in sampler.param_groups:
         group["lr"] = lr
-    figures = HealthOf()
+    posteriors, figures = run_chains(
+        model, sampler, loss, training, tests, burn_in=burn_in, thin=thin, num_draws=num_draws
+    )
+    return posteriors, {"lr": lr, **figures}
+
+
+def run_chains(
+    model: bkd.StackedModule,
+    sampler: Any,
+    loss: bkd.KDLoss,
+    training: Iterable[Any],
+    tests: Sequence[Tensor],
+    *,
+    burn_in: int,
+    thin: int,
+    num_draws: int,
+) -> tuple[list[bkd.PosteriorPredictive], dict[str, float]]:
+    """The chains of a sampler: the predictive of every set of test inputs, and noise_share, stationarity and R-hat as above."""
+    health = HealthOf()
     loaders = [Batches(x, batch_size=EVALUATION_BATCH) for x in tests]
     posteriors: list[bkd.PosteriorPredictive] = []
     traces: list[Tensor] = []
@@ -113,7 +131,7 @@ def sample_posterior(
         thin=thin,
         num_draws=num_draws,
         progress=False,
-        callbacks=[figures],
+        callbacks=[health],
     ):
         traces.append(logits_of(draw.model, tests[0][:PROBES]))
         if not posteriors:
@@ -121,10 +139,9 @@ def sample_posterior(
         for posterior, loader in zip(posteriors, loaders, strict=True):
             posterior.update(draw, loader)
     return posteriors, {
-        "lr": lr,
-        "noise_share": figures.health.noise_share[0],
-        "stationarity": figures.health.stationarity[0],
-        "r_hat": largest_r_hat(_chains(traces, len(students))),
+        "noise_share": health.health.noise_share[0],
+        "stationarity": health.health.stationarity[0],
+        "r_hat": largest_r_hat(_chains(traces, model.chains)),
     }
 
 
@@ -212,6 +229,19 @@ def normal_quantile(logits: Tensor, q: float) -> Tensor:
     odds = log_odds(logits)
     z = float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
     return (odds.mean(0) + z * odds.std(0)).sigmoid()
+
+
+def point_scores(log_probs: Tensor, truth: Tensor) -> dict[str, float]:
+    """Accuracy, NLL and KL(true || predicted), all in expectation over the true p(y given x): no test labels, no their noise.
+
+    Args:
+        log_probs, truth: (rows, C) logarithms of predicted and true probabilities.
+    """
+    p = truth.exp()
+    nll = -(p * log_probs).sum(1).mean()
+    entropy = -(p * truth).sum(1).mean()
+    accuracy = p.gather(1, log_probs.argmax(1, keepdim=True)).mean()
+    return {"accuracy": float(accuracy), "nll": float(nll), "kl": float(nll - entropy)}
 
 
 # ---- over seeds ----
