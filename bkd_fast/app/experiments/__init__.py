@@ -8,6 +8,7 @@ from bkd_fast.app.experiments.experiment import Experiment
 # what each is called on the command line, and the file that it is in
 MODULES: dict[str, str] = {
     "faithful-mnist": "faithful_mnist",
+    "teachers-gaussians": "teachers",
 }
 
 
