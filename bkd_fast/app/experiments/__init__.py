@@ -15,6 +15,7 @@ MODULES: dict[str, str] = {
     "semiparametric-cifar": "semiparametric_cifar",
     "bkd-perturbation": "bkd_perturbation",
     "bkd-synthetic": "bkd_synthetic",
+    "teachers-gaussians": "teachers",
 }
 
 

@@ -249,7 +249,8 @@ EXPERIMENTS = (
             "Networks, training and radii are ours: the abstract names MNIST among the data and no settings.",
             "Certificates are intervals, propagated through both networks; nothing is trained for them.",
             "quick: 10,000 training images, perceptrons (teacher 784-200-200-10, student 784-64-10), short training, attacks "
-            "of 4 steps in it and of 20 from 2 starts in the test, on 200 images; chains of 400 steps, not far from their start.",
+            "of 4 steps in it and of 20 from 2 starts in the test, on 200 images; chains of 400 steps, not far from where "
+            "they start.",
         ),
     ),
 )
