@@ -134,8 +134,8 @@ EXPERIMENTS = (
         deviations=(
             "A problem of our own: ten Gaussians in 30 dimensions whose log odds are linear in x, Bayes accuracy .6; accuracies "
             "and divergences are expectations under the truth. Students see their teacher's points, labels included.",
-            "All teachers have one network and one prior, under which logits spread as the true ones do. The Brier loss is smaller "
-            "than a log loss, so that the prior weighs more in it.",
+            "All teachers have one network and one prior, under which logits spread as the true ones do. The Brier loss is "
+            "smaller than a log loss, so that the prior weighs more in it.",
             "quick: sizes 300 and 1,000, one chain of 3,000 steps.",
         ),
         seeds=5,
