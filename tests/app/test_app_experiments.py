@@ -19,6 +19,7 @@ RECORDS = sorted((Path(__file__).parents[2] / "docs" / "reproductions").glob("*.
 @dataclass(frozen=True)
 class Settings:
     size: int = 3
+    several: tuple[int, ...] = (1, 2)
 
 
 def experiment(**changes) -> Experiment[Settings]:

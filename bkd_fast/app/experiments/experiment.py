@@ -79,7 +79,7 @@ def reproduce(
         "seeds": list(seeds),
         "minutes": round((time.perf_counter() - begin) / 60, 1),
         "machine": {k: v for k, v in versions().items() if k != "threads"},
-        "settings": asdict(settings),  # type: ignore[call-overload]
+        "settings": json.loads(json.dumps(asdict(settings))),  # type: ignore[call-overload]  # lists for tuples, as in the file
         "columns": list(experiment.columns),
         "results": rounded(results),
         "published": {row: dict(figures) for row, figures in experiment.published.items()},
