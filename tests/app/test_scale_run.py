@@ -325,6 +325,8 @@ def test_upper_parts_are_sampled_on_recorded_features(folder, tmp_path, sampled,
     with safe_open(output / "draws-0.safetensors", "pt") as kept:
         names = list(kept.keys())
     assert names and not any("conv1" in name and "layer" not in name for name in names)
+    student = networks.build("timm:test_resnet", CLASSES, 0)
+    assert len(bkd.Draws(output / "draws-0.safetensors", student.fc if sampled == "head" else student)) == 2
     # the features are those of the first run: another chain takes no time for them
     stamp = (output / "features" / "train.bin").stat().st_mtime_ns
     again = run(settings, Console(quiet=True))
