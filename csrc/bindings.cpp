@@ -173,12 +173,12 @@ static const char* fault_name(bkd::Fault fault) {
 
 void bind_kd(py::module_& m) {
   m.def("kd_energy", [](Address logits, const std::string& logits_dtype, Address teacher, const std::string& teacher_dtype,
-                        bool teacher_by_label, Address indices, bool wide_indices, Address rest, int64_t top, Address labels, Address soft,
-                        const std::string& soft_dtype, bool signed_target, Address weights, bool weights_per_row, Address gradient, Address energy,
-                        int64_t chains, int64_t rows, int64_t classes, int64_t teachers, const std::string& prior,
-                        bool teacher_is_probs, double prior_strength, double temperature, double label_weight,
-                        double label_smoothing, double tolerance_teacher, double tolerance_target, double scale,
-                        int64_t ignore_index, int threads) {
+                        bool teacher_by_label, Address indices, bool wide_indices, Address rest, int64_t top, Address labels,
+                        Address soft, const std::string& soft_dtype, bool signed_target, Address weights, bool weights_per_row,
+                        Address gradient, Address energy, int64_t chains, int64_t rows, int64_t classes, int64_t teachers,
+                        const std::string& prior, bool teacher_is_probs, double prior_strength, double temperature,
+                        double label_weight, double label_smoothing, double tolerance_teacher, double tolerance_target,
+                        double scale, int64_t ignore_index, int threads) {
     bkd::KdCall call;
     call.settings = {classes, teachers, prior_named(prior), teacher_is_probs, prior_strength, temperature, label_weight,
                      label_smoothing, tolerance_teacher, tolerance_target, signed_target, scale};
@@ -207,12 +207,13 @@ void bind_kd(py::module_& m) {
       result = bkd::kd_energy(call, threads);
     }
     return py::make_tuple(result.energy, result.bad_row, fault_name(result.fault));
-  }, py::arg("logits"), py::arg("logits_dtype"), py::arg("teacher"), py::arg("teacher_dtype"), py::arg("teacher_by_label"), py::arg("indices"),
-     py::arg("wide_indices"), py::arg("rest"), py::arg("top"), py::arg("labels"), py::arg("soft"), py::arg("soft_dtype"), py::arg("signed_target"),
-     py::arg("weights"), py::arg("weights_per_row"), py::arg("gradient"), py::arg("energy"), py::arg("chains"), py::arg("rows"),
-     py::arg("classes"), py::arg("teachers"), py::arg("prior"), py::arg("teacher_is_probs"), py::arg("prior_strength"),
-     py::arg("temperature"), py::arg("label_weight"), py::arg("label_smoothing"), py::arg("tolerance_teacher"),
-     py::arg("tolerance_target"), py::arg("scale"), py::arg("ignore_index"), py::arg("threads"),
+  }, py::arg("logits"), py::arg("logits_dtype"), py::arg("teacher"), py::arg("teacher_dtype"), py::arg("teacher_by_label"),
+     py::arg("indices"), py::arg("wide_indices"), py::arg("rest"), py::arg("top"), py::arg("labels"), py::arg("soft"),
+     py::arg("soft_dtype"), py::arg("signed_target"), py::arg("weights"), py::arg("weights_per_row"), py::arg("gradient"),
+     py::arg("energy"), py::arg("chains"), py::arg("rows"), py::arg("classes"), py::arg("teachers"), py::arg("prior"),
+     py::arg("teacher_is_probs"), py::arg("prior_strength"), py::arg("temperature"), py::arg("label_weight"),
+     py::arg("label_smoothing"), py::arg("tolerance_teacher"), py::arg("tolerance_target"), py::arg("scale"),
+     py::arg("ignore_index"), py::arg("threads"),
      "Writes the KD energies (unless energy is 0) and scale times their gradient; gives (sum of the energies, first bad row "
      "or -1, its fault). Absent arrays are 0.");
 }

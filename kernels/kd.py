@@ -25,12 +25,12 @@ from bkd_fast.kernels.kd_row import (
     NAN,
     NONE,
     PRIORS,
-    SIGNED,
     SOFT,
     Coefficients,
     add_tile,
     finish_rows,
     gradient_tile,
+    kind_of_labels,
     load_tile,
     log_teacher,
     lowest,
@@ -44,6 +44,7 @@ from bkd_fast.kernels.kd_row import (
     sums_of_row,
     teacher_exponent,
     teacher_row,
+    top_of_labelled,
     total_of,
     zero_sums,
 )
@@ -112,8 +113,10 @@ def on_chip(logits, teacher, labels, soft, indices, rest, gradient, energy, rows
         label, out_of_range = read_labels(labels, row, inside, ignore_index, s.label_weight, CLASSES, BY_LABEL)
         x_label = tl.load(z_base + tl.maximum(label, 0), mask=inside, other=0.0).to(REAL) - z_top
         x_label = tl.where(label >= 0, x_label, 0.0)
-    e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED)
+    e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED, BY_LABEL)
     tl.store(energy + at, e, mask=inside)
+    if BY_LABEL:
+        z_top = top_of_labelled(z_top, label)
 
     for j in tl.static_range(CHUNKS):
         z, t, y = tiles[j]
@@ -189,8 +192,10 @@ def tiled(logits, teacher, labels, soft, indices, rest, gradient, energy, rows, 
     label, out_of_range, x_label = label_of_row(
         labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS, BY_LABEL
     )
-    e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED)
+    e, c = finish_rows(total, label, x_label, out_of_range, s, PRIOR, PROBS, POWER, LABELS, SMOOTHED, BY_LABEL)
     tl.store(energy + at + tl.arange(0, 1)[None, :], e)
+    if BY_LABEL:
+        z_top = top_of_labelled(z_top, label)
 
     lane = tl.arange(0, BLOCK)[None, :]
     whole: tl.constexpr = CLASSES // BLOCK * BLOCK
@@ -269,7 +274,7 @@ def mixture(logits, teacher, labels, soft, weights, gradient, energy, rows, bloc
     label, out_of_range, x_label = label_of_row(
         labels, row, rows, z_base, z_top, ignore_index, s, REAL, CLASSES, LABELS, False
     )
-    e, c = finish_rows(total, label, x_label, out_of_range, s, NONE, False, POWER, LABELS, SMOOTHED)
+    e, c = finish_rows(total, label, x_label, out_of_range, s, NONE, False, POWER, LABELS, SMOOTHED, False)
     factor = s.scale * s.strength * s.inverse_temperature
     student = c.student + factor / total.student  # beside c.student, which is of w = u where POWER is 1
     log_student = tl.log(total.student)
@@ -433,7 +438,7 @@ def energy_and_gradient(
     Args:
         logits: (chains, rows, classes).
         teacher: (teachers, rows, classes) logits or probabilities, or None where `prior` is "none"; with `indices`
-            (1, rows, k) logits; with `teacher_by_label` (1, classes, classes).
+            (1, rows, k) logits; with `teacher_by_label`, for the reverse KL alone, (1, classes, classes).
         indices, rest: int32 or int64 (rows, k) and float32 (rows,), a top-k teacher's; or None.
         labels: (rows,) int64, or None.
         soft: (rows, classes), or None.
@@ -465,20 +470,13 @@ def energy_and_gradient(
         "REAL": tl.float64 if double else tl.float32,
         "CLASSES": classes,
         "PROBS": teacher_is_probs and prior != "none",
-        "LABELS": HARD.value
-        if labels is not None
-        else 0
-        if soft is None
-        else SIGNED.value
-        if signed_target
-        else SOFT.value,
+        "LABELS": kind_of_labels(labels, soft, signed_target),
     }
     forms = {
         "POWER": int(temperature) if temperature in (1, 2, 4) else 0,
         "SMOOTHED": label_smoothing > 0 and kinds["LABELS"] != 0,
     }
     inputs, named = (logits, teacher, labels, soft), (indices, rest)
-    by_label = teacher_by_label and prior != "none"
     top = 0 if indices is None else indices.shape[1]
     teachers = 1 if teacher is None else len(teacher)
     weights_stride = teachers if weights is not None and weights.dim() == 2 else 0
@@ -501,19 +499,19 @@ def energy_and_gradient(
             if shape is None:
                 tiled[(chains * rows,)](
                     *inputs, *named, gradient, energy, rows, rows, ignore_index, *settings, **kinds, **forms,
-                    PRIOR=PRIORS[prior], BY_LABEL=by_label, TOP=top, WIDTH=named_width(top, 1, TILE_WARPS),
+                    PRIOR=PRIORS[prior], BY_LABEL=teacher_by_label, TOP=top, WIDTH=named_width(top, 1, TILE_WARPS),
                     BLOCK=TILE // 2 if double else TILE, num_warps=TILE_WARPS,
                 )  # fmt: skip
             else:
                 blocks = triton.cdiv(rows, shape.rows)
                 on_chip[(chains * blocks,)](
                     *inputs, *named, gradient, energy, rows, blocks, ignore_index, *settings, **kinds, **forms,
-                    PRIOR=PRIORS[prior], BY_LABEL=by_label, TOP=top, WIDTH=named_width(top, shape.rows, shape.warps),
+                    PRIOR=PRIORS[prior], BY_LABEL=teacher_by_label, TOP=top, WIDTH=named_width(top, shape.rows, shape.warps),
                     ROWS=shape.rows, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=shape.warps,
                 )  # fmt: skip
         total = settle(
             inputs, named, weights, gradient, energy, weights_stride, ignore_index, settings,
-            {**kinds, "PRIOR": PRIORS[prior], "BY_LABEL": by_label, "TOP": top, "TEACHERS": teachers,
+            {**kinds, "PRIOR": PRIORS[prior], "BY_LABEL": teacher_by_label, "TOP": top, "TEACHERS": teachers,
              "WEIGHTED": weights is not None},
             total_factor, register, stamp,
         )  # fmt: skip

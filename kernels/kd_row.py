@@ -352,9 +352,11 @@ def _label(total, label, x_label, s, LABELS: tl.constexpr, SMOOTHED: tl.constexp
 
 @triton.jit
 def finish_rows(total, label, x_label, out_of_range, s, PRIOR: tl.constexpr, PROBS: tl.constexpr, POWER: tl.constexpr,
-            LABELS: tl.constexpr, SMOOTHED: tl.constexpr):  # fmt: skip
+            LABELS: tl.constexpr, SMOOTHED: tl.constexpr, BY_LABEL: tl.constexpr):  # fmt: skip
     """The energy of rows and the coefficients of their gradient."""
     energy, student, teacher, mean = _prior(total, s, PRIOR, PROBS)
+    if BY_LABEL:
+        energy = tl.where(label >= 0, energy, tl.log(total.student) * 0.0)  # whatever the row was that it read in vain
     zero = total.student * 0.0
     plain, even, peak = zero, zero, zero
     if LABELS:
@@ -368,25 +370,32 @@ def finish_rows(total, label, x_label, out_of_range, s, PRIOR: tl.constexpr, PRO
 
 @triton.jit
 def teacher_row(labels, row, inside, CLASSES: tl.constexpr, BY_LABEL: tl.constexpr):
-    """Which of the teacher's rows is a row's: its own, or the one of its label, or of class 0 where that is no class."""
+    """Which of the teacher's rows is a row's: its own, or BY_LABEL that of its label, of the nearest class where that is none."""
     if BY_LABEL:
         label = tl.load(labels + row, mask=inside, other=0)
-        return tl.where((label >= 0) & (label < CLASSES), label, 0)
+        return tl.minimum(tl.maximum(label, 0), CLASSES - 1)
     else:
         return row
 
 
 @triton.jit
 def read_labels(labels, row, inside, ignore_index, label_weight, CLASSES: tl.constexpr, BY_LABEL: tl.constexpr):
-    """The label of each row, -1 for none, and whether it is neither a class nor to be ignored, which none is where BY_LABEL."""
+    """The label of each row, -1 for none, and whether it is neither a class nor to be ignored. BY_LABEL it is the teacher's too,
+    whatever it weighs."""
     label = tl.load(labels + row, mask=inside, other=0)
     is_class = (label >= 0) & (label < CLASSES)
-    ignored = (label == ignore_index) & (not BY_LABEL)
-    if BY_LABEL:
-        used = tl.where(is_class, label, -1)  # it is the teacher's, whatever the label weighs
-    else:
-        used = tl.where(label_weight != 0.0, tl.where(is_class & (label != ignore_index), label, -1), -1)
+    ignored = label == ignore_index
+    used = tl.where(is_class & (label != ignore_index), label, -1)
+    if not BY_LABEL:
+        used = tl.where(label_weight != 0.0, used, -1)
     return used.to(tl.int32), inside & ((is_class | ignored) == 0)
+
+
+@triton.jit
+def top_of_labelled(z_top, label):
+    """What a row's gradient subtracts from its logits where the teacher is by label: of a row without one, infinity, which makes
+    every class as if masked, and the gradient 0."""
+    return tl.where(label >= 0, z_top, INFINITY)
 
 
 @triton.jit
@@ -491,6 +500,12 @@ def sums_of_row(z_base, t_base, y_base, s, REAL: tl.constexpr, CLASSES: tl.const
 
 
 # ---- on the host ----
+
+
+def kind_of_labels(labels: Tensor | None, soft: Tensor | None, signed: bool) -> int:
+    """LABELS of a launch."""
+    kind = HARD if labels is not None else SIGNED if signed else SOFT
+    return 0 if labels is None and soft is None else int(kind.value)
 
 
 def number_of(value: float, double: bool) -> float | int:

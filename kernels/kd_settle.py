@@ -32,6 +32,7 @@ from bkd_fast.kernels.kd_row import (
     real_of,
     settings_of,
     teacher_exponent,
+    teacher_row,
 )
 from bkd_fast.kernels.kd_topk import faults_of_top, read_rest
 
@@ -137,19 +138,14 @@ def _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_o
 def _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient, energy, register, at, rows, weights_stride,
                 ignore_index, stamp, s, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
                 PRIOR: tl.constexpr, BY_LABEL: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr,
-                WEIGHTED: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Look one row through, and report its fault; a row whose numbers are only large has none, and stays as it is."""
     chain, row = at // rows, at % rows
     z_base, g_base = logits + at * CLASSES, gradient + at * CLASSES
     t_base, y_base, weights_base, i_base, t_rest = z_base, z_base, z_base, indices, s.strength
     label, out_of_range = tl.full((), -1, tl.int32), row < 0
-    if LABELS == HARD:
-        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES, BY_LABEL)
-    if BY_LABEL:
-        t_base = teacher + tl.maximum(label, 0).to(tl.int64) * CLASSES
-    elif PRIOR != NONE:
-        t_base = teacher + row * (TOP if TOP else CLASSES)
+    if PRIOR != NONE:
+        t_base = teacher + teacher_row(labels, row, row < rows, CLASSES, BY_LABEL) * (TOP if TOP else CLASSES)
     if TOP:
         i_base = indices + row * TOP
         t_rest = read_rest(rest, row, row < rows, REAL, CLASSES, TOP)
@@ -157,6 +153,8 @@ def _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient,
         weights_base = weights + row * weights_stride
     if LABELS >= SOFT:
         y_base = soft + row * CLASSES
+    elif LABELS == HARD:
+        label, out_of_range = read_labels(labels, row, row < rows, ignore_index, s.label_weight, CLASSES, BY_LABEL)
     stride = tl.full((), CLASSES, tl.int64) * rows
     code = _fault_of(z_base, t_base, y_base, i_base, t_rest, weights_base, label, out_of_range, stride, s, REAL, CLASSES,
                      TEACHERS, PRIOR, TOP, PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
@@ -176,8 +174,7 @@ def settle_rows(logits, teacher, labels, soft, indices, rest, weights, gradient,
                 weights_stride, ignore_index, stamp, factor, strength, inverse_temperature, label_weight, smoothing, scale,
                 tolerance_teacher, tolerance_target, REAL: tl.constexpr, CLASSES: tl.constexpr, TEACHERS: tl.constexpr,
                 PRIOR: tl.constexpr, BY_LABEL: tl.constexpr, TOP: tl.constexpr, PROBS: tl.constexpr, LABELS: tl.constexpr,
-                WEIGHTED: tl.constexpr,
-                SUMMED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                WEIGHTED: tl.constexpr, SUMMED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Settle the rows of chunk i of the energies; where SUMMED, out[i] = factor * their sum, added in float64."""
     s = settings_of(
         strength, inverse_temperature, label_weight, smoothing, scale, tolerance_teacher, tolerance_target, REAL

@@ -29,7 +29,8 @@ class KDLoss(nn.Module):
     With temperature T the prior's logit gradient carries lambda / T, not Hinton's lambda T: `from_hinton` converts.
 
     Args:
-        prior_strength: lambda >= 0, in pseudo-observations per example; 0 leaves plain cross entropy.
+        prior_strength: lambda >= 0, in pseudo-observations per example; 0 leaves plain cross entropy. Negative for "reverse_kl"
+            alone, where it rewards distance from the teacher: KL(q || p) <= -log min p bounds it, and CE(p, q) has no bound.
         temperature: T > 0, of the prior only; the label term sees q at temperature 1.
         label_weight: factor of the label term, >= 0.
         prior: one of the four above.
@@ -62,7 +63,14 @@ class KDLoss(nn.Module):
         mixture_weights: Tensor | str = "entropy",
     ) -> None:
         super().__init__()
-        _require("prior_strength", prior_strength, 0 <= prior_strength < math.inf, "a finite number >= 0")
+        signed = prior == "reverse_kl"
+        allowed = "a finite number" if signed else "a finite number >= 0"
+        _require(
+            "prior_strength",
+            prior_strength,
+            (signed or prior_strength >= 0) and abs(prior_strength) < math.inf,
+            allowed,
+        )
         _require("temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
         _require("label_weight", label_weight, 0 <= label_weight < math.inf, "a finite number >= 0")
         _require("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "in [0, 1]")

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from bkd_fast.collectives import reduce_sum_
 from bkd_fast.ops.kd import REDUCTIONS, kd_energy
 
+UNLABELLED = -100  # the label of a row that takes no part, as torch's losses have it
+
 
 class CMILoss(nn.Module):
     """label_weight CE(y, q) - strength KL(q_T || Q_T^y) per example, value and gradient in one pass over the logits.
@@ -32,19 +34,19 @@ class CMILoss(nn.Module):
     Args:
         strength: lambda; negative minimises the CMI.
         classes: C.
-        temperature: T > 0, of the CMI term alone: q_T = softmax(z / T), and Q_T is the mean of q_T. CMI minimisation sums terms
-            of several temperatures: one loss for each, the others with label_weight 0.
+        temperature: T > 0, of the CMI term alone: q_T = softmax(z / T), and Q_T is the mean of q_T. CMI minimisation has the term
+            at many temperatures: one loss for each, all but one with label_weight 0; how its paper weighs them is not in here.
         label_weight: factor of the cross entropy, >= 0.
-        reduction: "mean", "sum" or "none".
+        reduction: "mean" over all rows, labelled or not, "sum" or "none".
 
     Attributes:
-        centroids: (C, C) float32 probabilities, row y of class y; NaN until the first `refresh_`.
+        centroid_logits: (C, C) float32, T log Q_T^y in row y, which keeps centroids of any size; NaN until the first `refresh_`.
 
     Raises:
         ValueError: an argument out of range.
     """
 
-    centroids: Tensor
+    centroid_logits: Tensor
 
     def __init__(
         self,
@@ -67,7 +69,12 @@ class CMILoss(nn.Module):
                 raise ValueError(f"{name} = {value!r}: must be {allowed}")
         self.strength, self.temperature, self.label_weight = float(strength), float(temperature), float(label_weight)
         self.reduction = reduction
-        self.register_buffer("centroids", torch.full((classes, classes), math.nan))
+        self.register_buffer("centroid_logits", torch.full((classes, classes), math.nan))
+
+    @property
+    def centroids(self) -> Tensor:
+        """(C, C) probabilities, row y of class y."""
+        return (self.centroid_logits / self.temperature).softmax(1)
 
     @torch.no_grad()
     def refresh_(self, model: nn.Module, loader: Iterable[Any], group: dist.ProcessGroup | None = None) -> "CMILoss":
@@ -76,17 +83,18 @@ class CMILoss(nn.Module):
         Where torch.distributed runs, sums go over all processes of the group: each passes its own part of the data.
 
         Raises:
-            ValueError: a class without examples, whose centroid is not defined; labels that are no classes.
+            ValueError: as `class_centroids`.
         """
-        mode = model.training
+        modes = [(module, module.training) for module in model.modules()]
+        device = next(model.parameters(), self.centroid_logits).device
+        batches = ((model(x.to(device)), labels.to(device)) for x, labels, *_ in loader)
         model.eval()
         try:
-            device = self.centroids.device
-            batches = ((model(x.to(device)), labels.to(device)) for x, labels, *_ in loader)
-            found = class_centroids(batches, len(self.centroids), self.temperature, group)
+            found = class_centroids(batches, len(self.centroid_logits), self.temperature, group, device)
         finally:
-            model.train(mode)
-        self.centroids.copy_(found)
+            for module, training in modes:
+                module.training = training
+        self.centroid_logits.copy_(found.log() * self.temperature)
         return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -94,31 +102,26 @@ class CMILoss(nn.Module):
 
         Args:
             logits: (..., rows, C), float32, float64, bfloat16 or float16.
-            target: (rows,) int64; every row needs its class.
+            target: (rows,) int64: classes, or -100 for a row that has neither term.
 
         Raises:
-            RuntimeError: there are no centroids yet.
+            RuntimeError: there are no centroids yet. On a GPU, where a look would wait, `bkd_fast.ops.faults.check_faults` tells.
             TypeError, ValueError, NonFiniteError: as `KDLoss`, of which a centroid is the teacher here.
         """
-        if not self._ready():
+        if not (self.centroid_logits.is_cuda or torch.compiler.is_compiling()) and self.centroid_logits[0, 0].isnan():
             raise RuntimeError("centroids: there are none yet; must be made by refresh_(model, loader)")
-        # whose softmax at temperature T they are, though they are means of tempered probabilities already
-        centroids = self.centroids.log() * self.temperature
         return kd_energy(
             logits,
             target,
-            centroids,
+            self.centroid_logits,
             prior="reverse_kl",
             prior_strength=-self.strength,
             teacher_by_label=True,
             temperature=self.temperature,
             label_weight=self.label_weight,
+            ignore_index=UNLABELLED,
             reduction=self.reduction,
         )
-
-    def _ready(self) -> bool:
-        """Whether there are centroids; on a GPU, where a look would wait, the loss of a row without one is NaN."""
-        return self.centroids.is_cuda or not bool(self.centroids[0, 0].isnan())
 
     def extra_repr(self) -> str:
         return f"strength={self.strength:g}, temperature={self.temperature:g}, label_weight={self.label_weight:g}"
@@ -130,21 +133,21 @@ def class_centroids(
     classes: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """The mean of softmax(logits / T) over the examples of each class, (C, C) float64, summed over the group's processes.
 
     Args:
-        batches: (logits (rows, C), labels (rows,) int64), any number of them.
+        batches: (logits (rows, C), labels (rows,) int64), any number of them; rows of label -100 take no part.
+        device: of the sums; None: the first batch's. A process that may have no batch names the one its group talks from.
 
     Raises:
-        ValueError: no examples of a class, labels that are no classes, or logits of another width; on every process alike.
+        ValueError: no examples of a class, or labels that are no classes: on every process alike. Logits of another width.
     """
-    sums, counts, wrong = _sums(batches, classes, temperature)
-    reduce_sum_(wrong, group)
-    if wrong.item():
-        raise ValueError(f"{int(wrong)} rows have labels that are no classes: must be in [0, {classes})")
-    reduce_sum_(sums, group)
-    reduce_sum_(counts, group)
+    sums, counts, wrong = _sums(batches, classes, temperature, device)
+    for each in (sums, counts, wrong):
+        reduce_sum_(each, group)
+    _refuse(int(wrong), classes)
     if (counts == 0).any():
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"classes {empty} have no examples: a centroid is the mean of at least one")
@@ -152,43 +155,52 @@ def class_centroids(
 
 
 def conditional_mutual_information(logits: Tensor, labels: Tensor, centroids: Tensor | None = None) -> Tensor:
-    """The CMI of (rows, C) logits, 0-dim float64: mean KL(P_i || Q^{y_i}), with their own centroids or with others.
+    """The CMI of (rows, C) logits, 0-dim float64: mean KL(P_i || Q^{y_i}), with their own centroids or with others (C, C).
 
-    With other centroids Q' it is larger, by sum_y pi_y KL(Q^y || Q'^y). Every class of `labels` has a centroid of its own; a
-    class without examples takes no part.
+    With other centroids Q' it is larger, by sum_y pi_y KL(Q^y || Q'^y). Rows of label -100 take no part; a class without
+    examples needs no centroid.
 
     Raises:
-        ValueError: labels that are no classes.
+        ValueError: labels that are no classes, centroids of another shape.
     """
     classes = logits.shape[1]
-    log_p = logits.double().log_softmax(1)
+    if centroids is not None and centroids.shape != (classes, classes):
+        raise ValueError(f"centroids has shape {tuple(centroids.shape)}: must be {(classes, classes)}")
+    logits, labels = logits[labels != UNLABELLED], labels[labels != UNLABELLED]
+    _refuse(int(_outside(labels, classes).sum()), classes)
     if centroids is None:
-        sums, counts, wrong = _sums([(logits, labels)], classes, 1.0)
-        if wrong.item():
-            raise ValueError(f"{int(wrong)} rows have labels that are no classes: must be in [0, {classes})")
-        centroids = sums / counts.clamp_min(1)[:, None]
-    log_centroids = centroids.double().log()[labels]
-    divergences: Tensor = (log_p.exp() * (log_p - log_centroids)).sum(1)
+        sums, counts, _ = _sums([(logits, labels)], classes, 1.0, None)
+        centroids = sums / counts[:, None]
+    log_p, log_centroids = logits.double().log_softmax(1), centroids.double().log()[labels]
+    p = log_p.exp()
+    divergences: Tensor = torch.where(p > 0, p * (log_p - log_centroids), 0.0).sum(1)
     return divergences.mean()
 
 
-def _sums(batches: Iterable[tuple[Tensor, Tensor]], classes: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums (C, C) and counts (C,) of each class's distributions, float64, and the number of rows that are of none."""
-    sums = counts = wrong = torch.zeros(0)
+def _outside(labels: Tensor, classes: int) -> Tensor:
+    return (labels < 0) | (labels >= classes)
+
+
+def _refuse(wrong: int, classes: int) -> None:
+    if wrong:
+        raise ValueError(f"{wrong} rows have labels that are no classes: must be in [0, {classes}), or {UNLABELLED}")
+
+
+def _sums(
+    batches: Iterable[tuple[Tensor, Tensor]], classes: int, temperature: float, device: torch.device | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums (C, C) and counts (C,) of each class's distributions, float64, and the number of rows whose labels are none."""
+    sums = torch.zeros(classes, classes, dtype=torch.float64, device=device)
+    counts, wrong = sums.new_zeros(classes), sums.new_zeros(1)
     for logits, labels in batches:
         if logits.dim() != 2 or logits.shape[1] != classes:
             raise ValueError(f"logits has shape {tuple(logits.shape)}: must be (rows, {classes})")
-        if not len(sums):
-            sums = torch.zeros(classes, classes, dtype=torch.float64, device=logits.device)
-            counts, wrong = sums.new_zeros(classes), sums.new_zeros(1)
-        good = (labels >= 0) & (labels < classes)
-        wrong += (~good).sum()
-        sums.index_add_(0, labels[good], (logits[good].double() / temperature).softmax(1))
-        counts += torch.bincount(labels[good], minlength=classes)
-    if not len(sums):  # this process has no rows
-        sums, counts, wrong = (
-            torch.zeros(classes, classes).double(),
-            torch.zeros(classes).double(),
-            torch.zeros(1).double(),
-        )
+        if device is None:
+            device = logits.device
+            sums, counts, wrong = sums.to(device), counts.to(device), wrong.to(device)
+        outside = _outside(labels, classes)
+        wrong += (outside & (labels != UNLABELLED)).sum()
+        p, mine = (logits.double() / temperature).softmax(1)[~outside], labels[~outside]
+        sums.index_add_(0, mine, p)
+        counts += torch.bincount(mine, minlength=classes)
     return sums, counts, wrong

@@ -89,7 +89,8 @@ class Inputs:
     indices: Tensor | None = None
     rest: Tensor | None = None
     weights: Tensor | None = None
-    ignore_index: int | None = -100  # None: every row needs a class
+    ignore_index: int = -100
+    teacher_by_label: bool = False
 
 
 def error_of(fault: Fault, inputs: Inputs | None = None) -> Exception:
@@ -120,8 +121,7 @@ def error_of(fault: Fault, inputs: Inputs | None = None) -> Exception:
         value = inputs.target[row]
         if fault.name == "target_out_of_range":
             classes = "" if inputs.logits is None else f" in [0, {inputs.logits.shape[-1]})"
-            ignored = "" if inputs.ignore_index is None else f" or ignore_index = {inputs.ignore_index}"
-            allowed = f"must be a class{classes}{ignored}"
+            allowed = f"must be a class{classes} or ignore_index = {inputs.ignore_index}"
     return error(f"{where}: {allowed}" if value is None else f"{where} = {_shown(value)}: {allowed}")
 
 
@@ -132,7 +132,9 @@ def _teacher_row(inputs: Inputs, row: int, form: Form) -> Tensor | None:
         if inputs.logits is None or inputs.rest is None:
             return None
         return TopKLogits(inputs.teacher[row], inputs.indices[row], inputs.rest[row]).dense(inputs.logits.shape[-1])
-    if inputs.ignore_index is None and inputs.target is not None:  # by label
+    if inputs.teacher_by_label:
+        if inputs.target is None:
+            return None
         row = int(inputs.target[row])
     rows = inputs.teacher.reshape(-1, *inputs.teacher.shape[-2:])
     return rows[:, row] if form.several_teachers else rows[0, row]
@@ -179,7 +181,7 @@ class Register:
         self.word = torch.zeros(1, dtype=torch.int64, device=device)
         self.calls = 0
         self._last: dict[str, tuple[weakref.ref[Tensor], int]] = {}
-        self._ignore_index: int | None = -100
+        self._ignore_index, self._teacher_by_label = -100, False
 
     def begin(self, form: Form, inputs: Inputs) -> int:
         """Number a call; returns its stamp."""
@@ -187,7 +189,7 @@ class Register:
         if _capturing(self.word):
             return form.stamp(LAST_CALL)  # its numbers are those of whichever replay
         self.calls += 1
-        self._ignore_index = inputs.ignore_index
+        self._ignore_index, self._teacher_by_label = inputs.ignore_index, inputs.teacher_by_label
         named = {name: getattr(inputs, name) for name in ("logits", "target", "teacher", "indices", "rest", "weights")}
         self._last = {
             name: (weakref.ref(tensor), tensor._version)
@@ -211,7 +213,8 @@ class Register:
         alive = {name: tensor for name, (ref, version) in self._last.items() if (tensor := ref()) is not None
                  and tensor._version == version}  # fmt: skip
         at_hand = fault.call == last_call < LAST_CALL
-        return error_of(fault, Inputs(**alive, ignore_index=self._ignore_index) if at_hand else None)
+        inputs = Inputs(**alive, ignore_index=self._ignore_index, teacher_by_label=self._teacher_by_label)
+        return error_of(fault, inputs if at_hand else None)
 
 
 _REGISTERS: dict[torch.device, Register] = {}

@@ -56,9 +56,7 @@ class Problem:
     indices: Tensor | None = None  # int32 or int64 (rows, k): the classes that `teacher`, a top-k one, has logits of
     rest: Tensor | None = None  # float32 (rows,): its logit of each other class
     signed_target: bool = False  # soft labels may be negative
-    teacher_by_label: bool = (
-        False  # `teacher` is (1, classes, classes): each row's is the one of its label, which all have
-    )
+    teacher_by_label: bool = False  # `teacher` is (1, classes, classes), its row y of the rows of label y
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -128,9 +126,7 @@ def _energy_of(
         several_teachers=teacher is not None and teacher.dim() == 3 and teacher.shape[0] > 1,
         weights_per_row=mixture_weights is not None and mixture_weights.dim() == 2,
     )
-    if teacher_by_label:
-        ignore_index = -1  # no class, and no legal label either
-    inputs = Inputs(logits, target, teacher, indices, rest, mixture_weights, None if teacher_by_label else ignore_index)
+    inputs = Inputs(logits, target, teacher, indices, rest, mixture_weights, ignore_index, teacher_by_label)
     register = register_of(logits.device) if records(logits.device) else None
     problem = Problem(
         logits=_with_leading(logits).contiguous(),
@@ -249,11 +245,14 @@ def _vmap(
     logits = tensors[0] if mapped[0] else tensors[0].expand(size, *tensors[0].shape)
     rows, classes, reduction = logits.shape[-2], logits.shape[-1], settings[-1]
     settings[-1] = "none"
-    by_label = settings[BY_LABEL]
-    if by_label and mapped[2]:
-        raise NotImplementedError("a table of teachers by label is mapped: must be shared, with in_dims None")
     if not any(mapped[1:]):
         energy, gradient = energy_of(logits, *tensors[1:], *settings)
+    elif settings[BY_LABEL] and mapped[2]:  # tables, which have no rows that the mapped dimension could join
+        parts = [
+            energy_of(logits[i], *(x[i] if m else x for x, m in zip(tensors[1:], mapped[1:], strict=True)), *settings)
+            for i in range(size)
+        ]
+        energy, gradient = (torch.stack(each) for each in zip(*parts, strict=True))
     else:
         # per-row tensors get a dimension of `size` beside the rows, then both become one
         target, teacher, indices, rest, weights = (
@@ -262,8 +261,8 @@ def _vmap(
         )
         if target is not None:
             target = target.reshape(size * rows, *target.shape[2:])
-        if teacher is not None and by_label:
-            teacher = arguments[2]
+        if settings[BY_LABEL]:
+            teacher = tensors[2]
         elif teacher is not None:
             teacher = teacher.movedim(0, -3).reshape(*teacher.shape[1:-2], size * rows, teacher.shape[-1])
         if indices is not None and rest is not None:
@@ -366,9 +365,9 @@ def kd_energy(
         logits: (..., rows, classes), float32, float64, bfloat16 or float16.
         target: (rows,) int64, (rows, classes) floating, or None.
         teacher: (rows, classes), or (teachers, rows, classes) for the mixture; logits, or probabilities where
-            `teacher_is_probs`. Or, for one teacher, its top k. Not read where `prior_strength` is 0. With `teacher_by_label`
-            a table (classes, classes): each row's teacher is the table's row of its class. `target` must be classes then, none
-            of them masked, and `ignore_index` is not one.
+            `teacher_is_probs`. Or, for one teacher, its top k. Not read where `prior_strength` is 0. With `teacher_by_label`,
+            for "reverse_kl" alone, a table (classes, classes) whose row y is the teacher of every row of hard label y; a row
+            of label `ignore_index` has neither term.
         mixture_weights: (teachers,) or (rows, teachers); None: the entropy weights.
         prior_strength: negative for "reverse_kl" alone, where it rewards distance from the teacher, which KL(q || p) <=
             -log min p bounds.
@@ -439,10 +438,10 @@ def _check(
         raise ValueError(f"prior_strength = {prior_strength}: must be at least 0 for the prior {prior!r}")
     name = "teacher_probs" if teacher_is_probs else "teacher_logits"
     if teacher_by_label:
-        if prior == "mixture" or isinstance(teacher, TopKLogits):
-            raise TypeError(
-                f"{name} by label: must be one table, not {'a mixture' if prior == 'mixture' else 'TopKLogits'}"
-            )
+        if prior != "reverse_kl":
+            raise ValueError(f"prior = {prior!r}: must be 'reverse_kl' where teachers are by label")
+        if isinstance(teacher, TopKLogits):
+            raise TypeError(f"{name} is TopKLogits: must be a table ({classes}, {classes}) where teachers are by label")
         if target is None or target.is_floating_point():
             raise TypeError(f"{name} by label: target must be classes, int64 of shape ({rows},)")
     if isinstance(teacher, TopKLogits):

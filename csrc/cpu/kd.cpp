@@ -359,9 +359,9 @@ BKD_INLINE bool read_label(const KdCall& call, int64_t row, int32_t& label) {
   if (!call.labels) return true;
   const int64_t y = call.labels[row];
   const bool is_class = (uint64_t)y < (uint64_t)call.settings.classes;
-  const bool used = call.teacher_by_label | ((y != call.ignore_index) & (call.settings.label_weight != 0));
-  if (is_class & used) label = (int32_t)y;
-  return is_class | ((y == call.ignore_index) & !call.teacher_by_label);
+  const bool used = call.teacher_by_label | (call.settings.label_weight != 0);
+  if (is_class & (y != call.ignore_index) & used) label = (int32_t)y;
+  return is_class | (y == call.ignore_index);
 }
 
 // The teacher's row as it is dense; `values` holds `top` elements while a top-k teacher's is written out.
@@ -382,7 +382,7 @@ Fault read_teacher(const KdCall& call, int64_t row, Real* values, Real* dense) {
 
 template <class Real>
 Fault general_row(const KdCall& call, int64_t chain, int64_t row, char* scratch, double& energy) {
-  const KdSettings& s = call.settings;
+  KdSettings s = call.settings;
   const int64_t n = s.classes;
   double* sums = (double*)scratch;  // (2, teachers)
   Real* logits = (Real*)(sums + 2 * s.teachers);
@@ -396,12 +396,13 @@ Fault general_row(const KdCall& call, int64_t chain, int64_t row, char* scratch,
   int32_t label;
   if (!read_label(call, row, label)) return Fault::target_out_of_range;
   r.label = label;
+  if (call.teacher_by_label && label < 0) s.prior = Prior::none;
   const int64_t at = (chain * call.rows + row) * n;
   read(call.logits, call.logits_storage, at, n, logits);
   if (s.prior != Prior::none) {
     for (int64_t m = 0; m < s.teachers; ++m) {
-      const int64_t teachers_row = call.teacher_by_label ? call.labels[row] : m * call.rows + row;
-      const Fault fault = read_teacher(call, teachers_row, rest, teacher + m * n);
+      const int64_t from = call.teacher_by_label ? label : m * call.rows + row;
+      const Fault fault = read_teacher(call, from, rest, teacher + m * n);
       if (fault != Fault::none) return fault;
     }
     r.teacher = teacher;
@@ -556,7 +557,7 @@ BlockKernel vector_kernel(const KdSettings& s) {
 
 bool has_vector_kernel(const KdCall& call) {
   const KdSettings& s = call.settings;
-  const bool known_prior = s.prior == Prior::none || (s.prior == Prior::dirichlet && !s.teacher_is_probs && !call.teacher_by_label);
+  const bool known_prior = s.prior == Prior::none || (s.prior == Prior::dirichlet && !s.teacher_is_probs);
   return known_prior && !call.soft && call.logits_storage != Storage::float64;
 }
 

@@ -15,7 +15,7 @@ struct KdCall {
   const void* logits;
   Storage logits_storage;
   const void* teacher;  // (rows, classes), or (teachers, rows, classes) for the mixture; null without a prior
-  bool teacher_by_label;  // it is (classes, classes), and each row's the one of its label, which every row has
+  bool teacher_by_label;  // reverse KL: it is (classes, classes), each row's that of its label; none of a row without one
   Storage teacher_storage;
   const void* indices;  // null, or of a top-k teacher the classes (rows, top), int32 or, where wide_indices, int64: then
   bool wide_indices;    // `teacher` holds their logits (rows, top)

@@ -195,10 +195,22 @@ def test_module():
     assert KDLoss(5.0).reduction == "mean" and not KDLoss(5.0).state_dict()
 
 
+def test_a_negative_reverse_kl_rewards_distance_from_the_teacher():
+    logits, teacher = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
+    kl = torch.nn.functional.kl_div(teacher.log_softmax(-1), logits.log_softmax(-1), reduction="none", log_target=True)
+    energy = KDLoss(-2.0, prior="reverse_kl", reduction="none")(logits, None, teacher)
+    torch.testing.assert_close(energy, -2 * kl.sum(-1), rtol=1e-5, atol=1e-5)
+
+
 ARGUMENTS = [
     ({"prior_strength": -1.0}, "prior_strength = -1.0: must be a finite number >= 0"),
     ({"prior_strength": math.nan}, "prior_strength = nan"),
     ({"prior_strength": math.inf}, "prior_strength = inf"),
+    *(
+        ({"prior_strength": -1.0, "prior": prior}, "prior_strength = -1.0: must be a finite number >= 0")
+        for prior in ("continuous_categorical", "mixture")
+    ),
+    ({"prior_strength": -math.inf, "prior": "reverse_kl"}, "prior_strength = -inf: must be a finite number$"),
     ({"temperature": 0.0}, "temperature = 0.0: must be a finite number > 0"),
     ({"temperature": -2.0}, "temperature = -2.0"),
     ({"label_weight": -0.5}, "label_weight = -0.5: must be a finite number >= 0"),

@@ -3,6 +3,7 @@
 A program, not a test: what it checks is what the memory checker says. `python tests/gpu/sanitize.py cpu` tries the program.
 """
 
+import contextlib
 import itertools
 import sys
 import warnings
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import bkd_fast as bkd
+from bkd_fast.methods.cmi import CMILoss
 
 CLASSES = (2, 3, 10, 33, 100, 130, 1000, 4099, 40_000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +60,15 @@ def kd(device: str) -> None:
         target = torch.randint(classes, (rows,), device=device)
         loss = bkd.KDLoss(2.0, 2.0, prior=prior, label_smoothing=0.1)
         loss(z, target, torch.randn(shape, device=device).to(dtype)).backward()
+    for classes, dtype in itertools.product(CLASSES[:-1], DTYPES):  # a table of teachers, and labels far outside it
+        z = torch.randn(5, classes, device=device).to(dtype).requires_grad_()
+        loss = CMILoss(0.2, classes).to(device)
+        loss.centroid_logits.normal_()
+        loss(z, torch.tensor([0, classes - 1, -100, 1, 0], device=device)).backward()
+        if z.is_cuda:  # where they are recorded
+            loss(z, torch.tensor([0, classes, -1, 2**60, -(2**63)], device=device)).backward()
+            with contextlib.suppress(ValueError):
+                bkd.KDLoss(1.0).check()
 
 
 def head(device: str) -> None:

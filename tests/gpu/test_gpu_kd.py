@@ -241,26 +241,57 @@ def test_top_k_teachers(classes, prior):
         loss.check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 10, 129, 1000, 20_000])
+def test_signed_targets(classes, dtype):
+    """Linear in the target: that of y + a (y - y') has (1 + a) times the energy of y less a times that of y'."""
+    logits, _, _ = _batch(classes, 9, dtype=dtype)
+    one, other = torch.randn(2, 9, classes, device=DEVICE, dtype=torch.float64).softmax(-1)
+    signed = 3 * one - 2 * other
+    if dtype != torch.float64:
+        one, other, signed = one.float(), other.float(), signed.float()
+    loss = KDLoss(0.0, reduction="none", signed_targets=True)
+    results = []
+    for target in (signed, one, other):
+        leaf = logits.clone().requires_grad_()
+        energy = loss(leaf, target)
+        energy.sum().backward()
+        results.append((energy.detach().double(), leaf.grad.double()))
+    (energy, gradient), (of_one, slope), (of_other, its_slope) = results
+    torch.testing.assert_close(energy, 3 * of_one - 2 * of_other, rtol=2e-5, atol=2e-4)
+    torch.testing.assert_close(gradient, 3 * slope - 2 * its_slope, rtol=0, atol=10 * GRADIENT_TOLERANCE[dtype])
+    signed[5, 1] += 100
+    assert loss(logits, signed).isnan().nonzero().flatten().tolist() == [5]
+    with pytest.raises(ValueError, match=r"target\[5\] = .*must be finite, with sum 1"):
+        loss.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 10, 129, 1000, 4099, 20_000])
+def test_teachers_by_label(classes, dtype):
+    logits, target, _ = _batch(classes, 9, dtype=dtype)
+    table = torch.randn(classes, classes, device=DEVICE).to(dtype)
+    settings = {"prior": "reverse_kl", "prior_strength": -STRENGTH, "temperature": 2.5, "reduction": "none"}
+    results = []
+    for given, by_label in ((table, True), (table[target.clamp_min(0)], False)):
+        leaf = logits.clone().requires_grad_()
+        energy = kd_energy(leaf, target, given, teacher_by_label=by_label, **settings)
+        energy.sum().backward()
+        results.append((energy.detach(), leaf.grad))
+    labelled = target != -100
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours[labelled], theirs[labelled], rtol=1e-5, atol=10 * GRADIENT_TOLERANCE[dtype])
+        assert (ours[~labelled] == 0).all()
+    target[3] = 2**40  # far outside the table
+    assert kd_energy(logits, target, table, teacher_by_label=True, **settings)[3].isnan()
+    with pytest.raises(ValueError, match=rf"target\[3\] = {2**40}: must be a class"):
+        KDLoss(1.0).check()
+
+
 def test_inside_torch():
     logits, target, teacher = _batch(5, 9)
-    arguments = (
-        logits,
-        target,
-        teacher,
-        None,
-        None,
-        None,
-        "dirichlet",
-        False,
-        False,
-        2.0,
-        1.5,
-        0.8,
-        0.1,
-        False,
-        -100,
-        "mean",
-    )
+    settings = ("dirichlet", False, False, 2.0, 1.5, 0.8, 0.1, False, -100, "mean")
+    arguments = (logits, target, teacher, None, None, None, *settings)
     torch.library.opcheck(torch.ops.bkd_fast.kd_energy, arguments)
     chains = torch.stack([logits, logits * 2, logits + 1])
 

@@ -54,8 +54,7 @@ class Budget:
             "tile": one run of instructions that nothing jumps into or out of. One: with the widest accesses to global memory,
             and of those the longest (the path of full tiles, beside its masked twin). "block": the longest such run.
         loads, stores: the widths in bytes of the accesses to global memory in `region`, all of them. None: any.
-        stack: bytes of stack a thread may use (arrays that are indexed at run time, and spills).
-        spills: accesses to local memory that it may have: none, but where rows that are faulty alone take that way.
+        stack: bytes of stack a thread may use (arrays that are indexed at run time); spills are never allowed.
         tensor_cores: whether `region` multiplies on tensor cores, or must not.
     """
 
@@ -66,7 +65,6 @@ class Budget:
     loads: frozenset[int] | set[int] | None = None
     stores: frozenset[int] | set[int] | None = None
     stack: int = 0
-    spills: int = 0
     tensor_cores: bool = False
 
 
@@ -301,10 +299,8 @@ def _blocks(instructions: list[Instruction], targets: dict[str, int]) -> list[Re
 def violations(code: MachineCode, budget: Budget, exact: bool) -> list[str]:
     """What a kernel breaks of its budget; `exact`: hold the counts that depend on the compiler's version too."""
     broken = []
-    if code.spills > budget.spills or code.local:
-        broken.append(
-            f"{code.spills} accesses to local memory, {code.local} bytes of it: at most {budget.spills} and 0"
-        )
+    if code.spills or code.local:
+        broken.append(f"{code.spills} accesses to local memory, {code.local} bytes of it: must be 0")
     if code.stack > budget.stack:
         broken.append(f"{code.stack} bytes of stack: at most {budget.stack}")
     region = code.region(budget.region)

@@ -137,27 +137,44 @@ def test_signed_targets_that_do_not_sum_to_one(classes):
     assert interpreted(p)[2:] == reference(p)[2:] == (2, "target_on_masked_class")
 
 
-def _by_label(classes, rows=3, chains=1, dtype=torch.float32, prior="reverse_kl", probs=True):
-    p = _problem(classes, rows=rows, chains=chains, prior=prior, temperature=1.0, dtype=dtype)
+def _by_label(classes, rows=3, chains=1, dtype=torch.float32, probs=False, temperature=1.0, label="hard"):
+    """A problem whose teachers are by label, of which every other row has none."""
+    p = _problem(
+        classes, rows=rows, chains=chains, prior="reverse_kl", temperature=temperature, dtype=dtype, label=label
+    )
     table = torch.randn(1, classes, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64) * 2
     table = (table.softmax(-1) if probs else table).to(dtype)
-    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(rows))
-    strength = -STRENGTH if prior == "reverse_kl" else STRENGTH
-    own = {"teacher_is_probs": probs, "teacher_by_label": True, "prior_strength": strength, "ignore_index": -1}
-    return replace(p, labels=labels, teacher=table, **own)
+    own = {"teacher_is_probs": probs, "teacher_by_label": True, "prior_strength": -STRENGTH}
+    return replace(p, teacher=table, **own)
 
 
 @pytest.mark.parametrize("classes", [2, 7, 33, 600])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("prior", ["dirichlet", "reverse_kl"])
-def test_teachers_by_label(classes, dtype, prior):
-    for probs in (True, False):
-        _assert_right(_by_label(classes, rows=5, chains=2, dtype=dtype, prior=prior, probs=probs), _unit(prior))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_teachers_by_label(classes, dtype):
+    cases = ((True, 1.0, "hard"), (False, 1.0, "smoothed"), (False, 2.5, "hard"), (False, 2.5, "smoothed"))
+    for probs, temperature, label in cases:
+        p = _by_label(classes, 5, 2, dtype, probs and dtype in (torch.float32, torch.float64), temperature, label)
+        energy, gradient = _assert_right(p, _unit("reverse_kl"))
+        assert (energy[:, 1::2] == 0).all() and (gradient[:, 1::2] == 0).all()  # no label: neither term
 
 
 def test_teachers_by_label_in_tiles_from_memory(monkeypatch):
     monkeypatch.setattr(kd, "shape_of", lambda *_: None)
-    _assert_right(_by_label(2300), _unit("reverse_kl"))
+    energy, gradient = _assert_right(_by_label(2300), _unit("reverse_kl"))
+    assert (energy[:, 1] == 0).all() and (gradient[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("label_weight", [0.0, WEIGHT])
+@pytest.mark.parametrize("ignored", [0, IGNORED])
+def test_rows_without_a_label_do_not_care_what_the_table_holds(label_weight, ignored):
+    """Not even class 0's row, which they read."""
+    p = replace(_by_label(10, rows=4), ignore_index=ignored, label_weight=label_weight)
+    p.labels[:] = torch.tensor([3, ignored, 5, ignored])
+    p.teacher[0, 0] = NAN
+    energy, gradient = _assert_right(p, _unit("reverse_kl"))
+    assert energy[0, 1] == 0 and (gradient[0, 1] == 0).all() and energy[0, 0] != 0
+    p.logits[0, 3, 2] = NAN
+    assert interpreted(p)[2:] == reference(p)[2:] == (3, "logits_not_finite")
 
 
 @pytest.mark.parametrize("label", [-100, -1, 10, 2**40, -(2**63)])
@@ -172,8 +189,8 @@ def test_bad_rows_of_a_table_of_teachers():
         (torch.full((10,), 0.2), "teacher_not_probabilities"),
         (torch.eye(10)[0], "teacher_excludes_class"),
     ):
-        p = _by_label(10, rows=4)
-        row = int(p.labels[1])
+        p = _by_label(10, rows=4, probs=True)
+        row = int(p.labels[2])
         p.teacher[0, row] = values
         first = int((p.labels == row).int().argmax())
         assert interpreted(p)[2:] == reference(p)[2:] == (first, fault)

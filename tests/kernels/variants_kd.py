@@ -54,24 +54,14 @@ def aligned(signature):
     return tuple(name for name, kind in signature.items() if kind.startswith("*"))
 
 
-def rows(
-    classes,
-    storage,
-    budget,
-    prior="dirichlet",
-    labels=HARD.value,
-    probs=False,
-    power=2,
-    smoothed=False,
-    top=0,
-    by_label=False,
-):
+def rows(classes, storage, budget, prior="dirichlet", labels=HARD.value, probs=False, power=2, smoothed=False, top=0,
+         by_label=False):  # fmt: skip
     """The launch of `energy_and_gradient` for one teacher or none."""
     signature, constants = arguments(storage, classes, prior, labels, probs)
     signature["blocks"] = "i32"
     constants |= {"PRIOR": PRIORS[prior], "POWER": power, "SMOOTHED": smoothed, "BY_LABEL": by_label}
     named(signature, constants, top)
-    soft = labels in (SOFT.value, SIGNED.value)
+    soft = {SOFT.value: ["soft labels"], SIGNED.value: ["signed labels"]}.get(labels, [])
     widest = max(BYTES[storage], 4 if soft else 0)
     plain = prior in ("none", "dirichlet") and not soft and power != 0 and not smoothed
     shape = kd.shape_of(classes, 8 * widest, plain)
@@ -83,12 +73,7 @@ def rows(
         constants |= {"ROWS": shape.rows, "BLOCK": shape.block, "CHUNKS": shape.chunks}
         kernel, warps, each = kd.on_chip, shape.warps, shape.rows * classes / (32 * shape.warps)
     forms = [prior, storage, f"C = {classes}", f"T = {power or 'any'}"]
-    forms += (
-        ["soft labels"] * (labels == SOFT.value)
-        + ["signed labels"] * (labels == SIGNED.value)
-        + ["probabilities"] * probs
-        + ["smoothed"] * smoothed
-    )
+    forms += soft + ["probabilities"] * probs + ["smoothed"] * smoothed
     forms += [f"top {top}"] * (top > 0) + ["teacher by label"] * by_label
     return TritonVariant(
         ", ".join(forms), kernel, signature, constants, aligned(signature), warps,
@@ -124,7 +109,7 @@ def settle(classes, storage, prior, labels, probs, budget, top=0, by_label=False
     named(signature, constants, top)
     constants |= {"TEACHERS": 3 if prior == "mixture" else 1, "PRIOR": PRIORS[prior], "WEIGHTED": prior == "mixture"}
     constants |= {"BY_LABEL": by_label, "SUMMED": True, "CHUNK": kd_settle.CHUNK, "BLOCK": kd_settle.BLOCK}
-    name = f"settle, {prior}, {storage}, C = {classes}" + f", top {top}" * (top > 0)
+    name = f"settle, {prior}, {storage}, C = {classes}" + f", top {top}" * (top > 0) + ", teacher by label" * by_label
     return TritonVariant(name, kd_settle.settle_rows, signature, constants, aligned(signature), 8, budget=budget)
 
 
@@ -188,12 +173,12 @@ VARIANTS = [
     settle(10, "bf16", "mixture", SOFT.value, True, Budget(72)),
     settle(32000, "fp64", "reverse_kl", SOFT.value, True, Budget(96)),
     settle(1000, "fp32", "dirichlet", HARD.value, False, Budget(96), top=32),
-    rows(1000, "fp32", {"registers": 128}, "reverse_kl", power=1, by_label=True),
-    rows(32000, "bf16", {"registers": 255}, "reverse_kl", power=1, by_label=True),
-    rows(100, "fp32", {"registers": 255}, "none", SIGNED.value, power=1),
-    rows(32000, "fp32", {"registers": 255}, "none", SIGNED.value, power=1),
-    settle(100, "fp32", "reverse_kl", HARD.value, False, Budget(96, stack=16, spills=12), by_label=True),
-    settle(100, "fp32", "none", SIGNED.value, False, Budget(96)),
+    rows(1000, "fp32", {"registers": 64}, "reverse_kl", power=1, by_label=True),
+    rows(32000, "bf16", {"registers": 144}, "reverse_kl", power=1, by_label=True),
+    rows(100, "fp32", {"registers": 64}, "none", SIGNED.value, power=1),
+    rows(32000, "fp32", {"registers": 128}, "none", SIGNED.value, power=1),
+    settle(100, "fp32", "reverse_kl", HARD.value, False, Budget(64), by_label=True),
+    settle(100, "fp32", "none", SIGNED.value, False, Budget(64)),
     multiply("fp32"),
     multiply("bf16"),
 ]

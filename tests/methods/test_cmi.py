@@ -20,6 +20,11 @@ def _batch(rows=60, classes=5, seed=0):
     return logits, labels
 
 
+def _loss(strength, logits, labels, **settings):
+    """A loss with the centroids of these logits."""
+    return CMILoss(strength, logits.shape[1], **settings).refresh_(nn.Identity(), [(logits, labels)])
+
+
 def _definition(logits, labels, centroids, strength, temperature=1.0, label_weight=1.0):
     log_q = torch.log_softmax(logits / temperature, -1)
     divergence = (log_q.exp() * (log_q - centroids[labels].log())).sum(-1)
@@ -67,19 +72,17 @@ def test_one_member_of_each_class_says_nothing_beyond_it():
 def test_value_and_gradient(strength, dtype, temperature):
     """Against autograd on the definition, and at T = 1 against (P - y) - lambda P (log(P / Q) - KL) written out."""
     logits, labels = _batch()
-    loss = CMILoss(strength, 5, temperature, reduction="none")
-    centroids = class_centroids([(logits, labels)], 5, temperature)
-    loss.centroids.copy_(centroids)
-    centroids = loss.centroids.double()  # as they are kept
+    loss = _loss(strength, logits, labels, temperature=temperature, reduction="none")
+    centroids = (loss.centroid_logits.double() / temperature).softmax(1)  # as they are kept
     leaf = logits.detach().requires_grad_()
     expected = _definition(leaf, labels, centroids, strength, temperature)
     (slope,) = torch.autograd.grad(expected.sum(), leaf)
     given = logits.to(dtype).requires_grad_()
     energy = loss(given, labels)
     (gradient,) = torch.autograd.grad(energy.sum(), given)
-    # the table of centroids is float32, whose roundings are inside the kernel's logarithm
-    torch.testing.assert_close(energy.double(), expected.detach(), rtol=0, atol=3e-6)
-    torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=3e-6)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(energy.double(), expected.detach(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=tolerance)
     if temperature == 1:
         q = logits.softmax(1)
         ratio = (q / centroids[labels]).log()
@@ -89,12 +92,10 @@ def test_value_and_gradient(strength, dtype, temperature):
 
 def test_the_mean_is_cross_entropy_less_strength_times_the_cmi():
     logits, labels = _batch()
-    loss = CMILoss(0.25, 5)
-    loss.centroids.copy_(class_centroids([(logits, labels)], 5))
+    loss = _loss(0.25, logits, labels)
     expected = F.cross_entropy(logits, labels) - 0.25 * conditional_mutual_information(logits, labels)
     assert float(loss(logits, labels)) == pytest.approx(float(expected), abs=1e-6)
-    without = CMILoss(0.25, 5, label_weight=0.0)
-    without.centroids.copy_(loss.centroids)
+    without = _loss(0.25, logits, labels, label_weight=0.0)
     assert float(without(logits, labels)) == pytest.approx(
         -0.25 * float(conditional_mutual_information(logits, labels)), abs=1e-6
     )
@@ -102,12 +103,65 @@ def test_the_mean_is_cross_entropy_less_strength_times_the_cmi():
 
 def test_chains_of_logits_share_labels_and_centroids():
     logits, labels = _batch()
-    loss = CMILoss(0.25, 5, reduction="none")
-    loss.centroids.copy_(class_centroids([(logits, labels)], 5))
+    loss = _loss(0.25, logits, labels, reduction="none")
     chains = torch.stack([logits, logits / 2, -logits])
     assert torch.equal(loss(chains, labels), torch.stack([loss(one, labels) for one in chains]))
     mapped = torch.func.vmap(lambda z: loss(z, labels))(chains)
     torch.testing.assert_close(mapped, loss(chains, labels), rtol=0, atol=1e-12)
+
+
+def test_a_row_without_a_label_takes_no_part():
+    logits, labels = _batch()
+    all_rows = _loss(0.25, logits, labels, reduction="none")
+    there = torch.cat([labels, torch.full((3,), -100)])
+    more = torch.cat([logits, logits[:3] * 5])
+    loss = _loss(0.25, more, there, reduction="none")
+    assert torch.equal(loss.centroid_logits, all_rows.centroid_logits)
+    leaf = more.clone().requires_grad_()
+    energy = loss(leaf, there)
+    (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+    assert torch.equal(energy[:-3], all_rows(logits, labels)) and (gradient[:-3] != 0).any(1).all()
+    assert (energy[-3:] == 0).all() and (gradient[-3:] == 0).all()
+    own = conditional_mutual_information(more, there)
+    torch.testing.assert_close(own, conditional_mutual_information(logits, labels), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_in_one_graph_and_under_autocast(dtype):
+    logits, labels = _batch()
+    loss = _loss(0.25, logits, labels)
+    layer = nn.Linear(5, 5)
+
+    def whole(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return loss(layer(x), labels)
+
+    expected = whole(logits.float())
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits.float()), expected, rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(expected, layer.weight)
+    (gradient,) = torch.autograd.grad(compiled(logits.float()), layer.weight)
+    torch.testing.assert_close(gradient, slope)
+
+
+def test_certain_teachers_keep_their_centroids():
+    """Shares below float32's smallest number, and predictions that have no room for one at all."""
+    logits = torch.tensor([[0.0, -200.0, -300.0], [-250.0, 0.0, -150.0], [-800.0, -900.0, 0.0]], dtype=torch.float64)
+    labels = torch.arange(3)
+    assert float(conditional_mutual_information(logits, labels)) == 0
+    loss = _loss(0.5, logits[:2, :2], labels[:2], reduction="none")
+    other = torch.tensor([[-3.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
+    rows = logits[:2, :2].log_softmax(1)
+    q = other.log_softmax(1)
+    expected = -q.diagonal() - 0.5 * (q.exp() * (q - rows)).sum(1)
+    torch.testing.assert_close(loss(other, labels[:2]), expected, rtol=1e-6, atol=0)
+
+
+def test_checkpoints_hold_the_centroids():
+    logits, labels = _batch()
+    loss, other = _loss(0.25, logits, labels), CMILoss(0.25, 5)
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other(logits, labels), loss(logits, labels))
 
 
 # ---- centroids ----
@@ -122,13 +176,13 @@ def test_centroids_stream():
 
 def test_refreshing_looks_in_eval_mode_and_puts_the_mode_back():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4, affine=False, momentum=0.0))
+    model[2].eval()  # frozen: it stays so
     x, labels = torch.randn(40, 3), torch.arange(40) % 4
     loader = list(zip(x.split(7), labels.split(7), strict=True))
     loss = CMILoss(0.2, 4).refresh_(model, loader)
-    assert model.training
-    with torch.no_grad():
-        expected = class_centroids([(model[0](x), labels)], 4)
+    assert model.training and model[1].training and not model[2].training
+    expected = class_centroids([(model.eval()(x), labels)], 4)
     torch.testing.assert_close(loss.centroids.double(), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -204,14 +258,15 @@ def test_an_empty_class_has_no_centroid():
 def test_labels_that_are_no_classes():
     logits, labels = _batch()
     loss = CMILoss(0.2, 5).refresh_(nn.Identity(), [(logits, labels)])
-    labels[7] = -100
+    labels[7] = -1
     for call in (
         lambda: class_centroids([(logits, labels)], 5),
         lambda: conditional_mutual_information(logits, labels),
+        lambda: conditional_mutual_information(logits, labels, loss.centroids),
     ):
-        with pytest.raises(ValueError, match=r"1 rows have labels that are no classes: must be in \[0, 5\)"):
+        with pytest.raises(ValueError, match=r"1 rows have labels that are no classes: must be in \[0, 5\), or -100"):
             call()
-    with pytest.raises(ValueError, match=r"target\[7\] = -100: must be a class in \[0, 5\)$"):
+    with pytest.raises(ValueError, match=r"target\[7\] = -1: must be a class in \[0, 5\) or ignore_index = -100$"):
         loss(logits, labels)
 
 
@@ -230,6 +285,8 @@ def test_settings(arguments, message):
         CMILoss(**{"strength": 0.2, "classes": 5, **arguments})
 
 
-def test_logits_of_another_width():
+def test_shapes():
+    with pytest.raises(ValueError, match=r"centroids has shape \(3, 4\): must be \(4, 4\)"):
+        conditional_mutual_information(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"logits has shape \(3, 4\): must be \(rows, 5\)"):
         class_centroids([(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))], 5)

@@ -416,25 +416,58 @@ def test_signed_targets_leave_masked_classes_alone(backend):
     assert (masked[1][:, 4] == 0).all()
 
 
+@pytest.mark.parametrize("classes", [2, 10, 129])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_orthogonal_cross_entropy_is_cross_entropy_on_a_signed_target(backend, classes, temperature):
+    """CE(w(p), q) and its slope from the teacher's p towards the label y, w(p) ~ p^(1/T) (Dao et al., ICLR 2021), is CE on the
+    target w + (1/T) w (r - sum w r), r = y / p - 1."""
+    logits, teacher, target, _ = _inputs(classes, torch.float64)
+    p, y = (teacher[0] / 4).softmax(-1), F.one_hot(target.clamp_min(0), classes).double()
+    leaf, given = logits.clone().requires_grad_(), p.clone().requires_grad_()
+    value = -((given.log() / temperature).softmax(-1) * leaf.log_softmax(-1)).sum(-1)
+    (slope,) = torch.autograd.grad(value.sum(), given, create_graph=True)
+    wanted = value + (slope * (y - p)).sum(-1)
+    (gradient,) = torch.autograd.grad(wanted.sum(), leaf)
+    w, r = (p.log() / temperature).softmax(-1), y / p - 1
+    signed = w + w * (r - (w * r).sum(-1, keepdim=True)) / temperature
+    assert (signed < 0).any()
+    got = _run(logits, signed, None, prior_strength=0.0, label_weight=1.0, signed_target=True)
+    unit = float(signed.abs().sum(-1).max()) * 20
+    torch.testing.assert_close(got[0], wanted.detach(), rtol=0, atol=1e-13 * unit)
+    torch.testing.assert_close(got[1], gradient, rtol=0, atol=1e-13 * unit)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10, 129, 1000])
 @pytest.mark.parametrize("probs", [False, True])
-@pytest.mark.parametrize("prior", ["dirichlet", "continuous_categorical", "reverse_kl"])
-def test_a_teacher_by_label_is_the_table_s_row_of_each_label(backend, classes, probs, prior):
-    """Bit for bit the energy of the table's rows written out."""
-    logits, _, target, _ = _inputs(classes)
-    target = target.clamp_min(0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("label", ["hard", "smoothed"])
+def test_a_teacher_by_label_is_the_table_s_row_of_each_label(backend, classes, probs, dtype, label):
+    """Bit for bit the energy of the table's rows written out; a row without a label has neither term."""
+    logits, _, target, _ = _inputs(classes, dtype)
     table = torch.randn(classes, classes, generator=torch.Generator().manual_seed(classes)) * 2
     table = table.softmax(-1) if probs else table
-    settings = {"prior": prior, "teacher_is_probs": probs, "temperature": 1.0}
-    if native is not None and prior == "dirichlet" and not probs:
-        settings["prior_strength"] = STRENGTH
-        tolerance = 4e-6  # the rows that are written out take the vector kernels
-    else:
-        tolerance = 0.0
-    got = _run(logits, target, table, teacher_by_label=True, **settings)
-    wanted = _run(logits, target, table[target], **settings)
-    for ours, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+    settings = {"prior": "reverse_kl", "prior_strength": -STRENGTH, "teacher_is_probs": probs, "temperature": 2.5,
+                "label_smoothing": SMOOTHING if label == "smoothed" else 0.0}  # fmt: skip
+    energy, gradient = _run(logits, target, table, teacher_by_label=True, **settings)
+    wanted, slope = _run(logits, target, table[target.clamp_min(0)], **settings)
+    labelled = target != -100
+    assert torch.equal(energy[labelled], wanted[labelled]) and torch.equal(gradient[labelled], slope[labelled])
+    assert (energy[~labelled] == 0).all() and (gradient[~labelled] == 0).all()
+
+
+def test_rows_without_a_label_do_not_care_what_the_table_of_teachers_holds(backend):
+    logits, _, target, _ = _inputs(10)
+    table = torch.zeros(10, 10)
+    settings = {"prior": "reverse_kl", "prior_strength": -STRENGTH, "teacher_by_label": True}
+    wanted = _run(logits, target, table, **settings)
+    table[0] = math.nan
+    target[target == 0] = -100
+    for ignored in (-100, 0):
+        there = target.clone()
+        there[target == -100] = ignored
+        got = _run(logits, there, table, ignore_index=ignored, **settings)
+        assert torch.equal(got[0][target != -100], wanted[0][target != -100])
+        assert (got[0][target == -100] == 0).all() and (got[1][target == -100] == 0).all()
 
 
 def test_a_negative_reverse_kl_is_the_negative_of_the_positive_one(backend):

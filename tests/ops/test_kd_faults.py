@@ -8,6 +8,7 @@ import torch
 from bkd_fast.errors import NonFiniteError
 from bkd_fast.ops import use_backend
 from bkd_fast.ops.kd import PRIORS, kd_energy
+from bkd_fast.ops.topk import TopKLogits
 
 try:
     from bkd_fast import _native as native
@@ -228,10 +229,11 @@ def test_teachers_by_label(backend):
     logits, _, target = _batch(10)
     table = torch.full((10, 10), 0.1)
     settings = {"prior": "reverse_kl", "teacher_is_probs": True, "teacher_by_label": True, "temperature": 1.0}
-    for label in (-100, -1, 10, 2**40, -(2**63)):
+    for label in (-1, 10, 2**40, -(2**63)):
         bad = target.clone()
         bad[7] = label
-        _raises(ValueError, rf"target\[7\] = {label}: must be a class in \[0, 10\)$", logits, bad, table, **settings)
+        message = rf"target\[7\] = {label}: must be a class in \[0, 10\) or ignore_index = -100$"
+        _raises(ValueError, message, logits, bad, table, **settings)
     broken = table.clone()
     broken[int(target[3]), 0] = 0.3
     first = int((target == target[3]).int().argmax())
@@ -249,7 +251,19 @@ def test_teachers_by_label(backend):
         table.new_full((21, 10), 0.1),
         **settings,
     )
-    _raises(TypeError, "not a mixture", logits, target, table[None], **(settings | {"prior": "mixture"}))
+    for prior in ("dirichlet", "continuous_categorical", "mixture"):
+        _raises(
+            ValueError,
+            f"prior = '{prior}': must be 'reverse_kl'",
+            logits,
+            target,
+            table,
+            **(settings | {"prior": prior}),
+        )
+    top = TopKLogits.of(logits, 3)
+    _raises(
+        TypeError, "is TopKLogits: must be a table", logits, target, top, **(settings | {"teacher_is_probs": False})
+    )
 
 
 @pytest.mark.parametrize("prior", ["dirichlet", "continuous_categorical", "mixture"])

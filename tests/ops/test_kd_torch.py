@@ -31,6 +31,16 @@ def test_opcheck(prior, reduction, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck_of_signed_targets_and_teachers_by_label(reduction):
+    logits, teacher, target = _batch()
+    signed = teacher - (teacher.sum(-1, keepdim=True) - 1) / teacher.shape[-1]
+    settings = ("dirichlet", False, False, 2.0, 1.5, 0.8, 0.1, True, -100, reduction)
+    torch.library.opcheck(torch.ops.bkd_fast.kd_energy, (logits, signed, teacher, None, None, None, *settings))
+    settings = ("reverse_kl", False, True, -2.0, 1.5, 0.8, 0.1, False, -100, reduction)
+    torch.library.opcheck(torch.ops.bkd_fast.kd_energy, (logits, target, teacher[:5], None, None, None, *settings))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_compiles_into_one_graph(reduction, dtype):
     def loss(logits, target, teacher):
@@ -89,6 +99,26 @@ def test_vmap_is_a_loop(prior, reduction, in_dims):
     rows = [[c[0] if d is None else c[i] for c, d in zip(tensors, in_dims, strict=True)] for i in range(size)]
     torch.testing.assert_close(torch.vmap(loss, in_dims)(*given), torch.stack([loss(*row) for row in rows]))
     torch.testing.assert_close(torch.vmap(gradient, in_dims)(*given), torch.stack([gradient(*row) for row in rows]))
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None), (0, 0, None), (None, 0, 0), (2, 1, None), (0, None, 1), (1, 1, 2)]
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_over_teachers_by_label(reduction, in_dims):
+    columns = list(zip(*((z, y, t[:5]) for z, t, y in (_batch(seed=seed) for seed in range(4))), strict=True))
+    given = [c[0] if d is None else torch.stack(c, d) for c, d in zip(columns, in_dims, strict=True)]
+    settings = {"prior": "reverse_kl", "prior_strength": -2.0, "temperature": 2.0, "teacher_by_label": True}
+
+    def loss(logits, target, table):
+        return kd_energy(logits, target, table, reduction=reduction, **settings)
+
+    def gradient(logits, target, table):
+        return torch.func.grad(lambda z: loss(z, target, table).sum())(logits)
+
+    rows = [[c[0] if d is None else c[i] for c, d in zip(columns, in_dims, strict=True)] for i in range(4)]
+    for function in (loss, gradient):
+        torch.testing.assert_close(torch.vmap(function, in_dims)(*given), torch.stack([function(*row) for row in rows]))
 
 
 @pytest.mark.parametrize("per_row", [False, True])

@@ -113,10 +113,11 @@ def _gradient_of(p: Problem, logits: Tensor) -> Tensor:
 
 
 def _dense(p: Problem) -> Problem:
-    """The same with a teacher of all rows and classes."""
+    """The same with a teacher of all rows and classes, a harmless one where a row has none."""
     classes = p.logits.shape[-1]
-    if p.teacher is not None and p.teacher_by_label and p.labels is not None:
-        return replace(p, teacher=p.teacher[:, p.labels.clamp(0, classes - 1)], teacher_by_label=False)
+    if p.teacher_by_label and p.teacher is not None and p.labels is not None:
+        own = p.teacher[:, p.labels.clamp(0, classes - 1)]
+        return replace(p, teacher=torch.where(p.labels[:, None] != p.ignore_index, own, 1 / classes))
     if p.teacher is None or p.indices is None or p.rest is None:
         return p
     indices = torch.where(_outside(p.indices, classes), 0, p.indices)
@@ -140,10 +141,9 @@ def _faults(p: Problem) -> list[tuple[str, Tensor]]:
         values = values.double()
         return ~((values >= 0).all(-1) & ((values.sum(-1) - 1).abs() <= tolerance))
 
-    masked, by_label = p.logits == -INFINITY, p.teacher_by_label
+    masked = p.logits == -INFINITY
     if p.labels is not None:
-        ignored = (p.labels == p.ignore_index) & (not p.teacher_by_label)
-        look("target_out_of_range", _outside(p.labels, classes) & ~ignored)
+        look("target_out_of_range", _outside(p.labels, classes) & (p.labels != p.ignore_index))
     if p.indices is not None:
         look("teacher_index_out_of_range", _outside(p.indices, classes).any(-1))
         ordered = p.indices.sort(-1).values
@@ -173,8 +173,8 @@ def _faults(p: Problem) -> list[tuple[str, Tensor]]:
         else:
             look("target_not_probabilities", not_probabilities(p.soft, p.tolerance_target))
         look("target_on_masked_class", ((p.soft != 0) & masked).any(-1))
-    if (p.label_weight != 0 or by_label) and p.labels is not None:
-        one_hot = torch.arange(classes) == p.labels[:, None]
+    if (p.label_weight != 0 or p.teacher_by_label) and p.labels is not None:
+        one_hot = (torch.arange(classes) == p.labels[:, None]) & (p.labels != p.ignore_index)[:, None]
         look("target_on_masked_class", (one_hot & masked).any(-1))
     return found
 
@@ -190,6 +190,9 @@ def kd_energy(p: Problem) -> tuple[Tensor | float, Tensor, int, str]:
         fault = next(name for name, rows in faults if rows.flatten()[bad_row])
         return 0.0, torch.empty_like(p.logits), bad_row, fault
     p, logits = _dense(p), p.logits.double()
-    energy = energy_of(p, logits)
-    gradient = (p.scale * _gradient_of(p, logits)).to(p.logits.dtype)
+    energy, gradient = energy_of(p, logits), p.scale * _gradient_of(p, logits)
+    if p.teacher_by_label and p.labels is not None:  # a row without a label has neither term
+        labelled = p.labels != p.ignore_index
+        energy, gradient = energy * labelled, gradient * labelled[:, None]
+    gradient = gradient.to(p.logits.dtype)
     return p.total_factor * float(energy.sum()) if p.summed else energy.to(p.accumulator), gradient, bad_row, fault
