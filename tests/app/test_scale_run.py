@@ -378,6 +378,28 @@ def test_a_killed_head_begins_anew_with_the_features_that_it_has(folder, tmp_pat
     assert [[draw["index"] for draw in card["draws"]] for card in cards] == [[0, 2], [0, 2]]
 
 
+def test_killed_last_modules_go_on_where_they_stood(folder, tmp_path, monkeypatch) -> None:
+    def settings(name: str) -> ScaleConfig:
+        more = ("sampling.chains=2", "sampling.momentum=0.9", "checkpoints.every=3")
+        return config(folder, tmp_path / name, "sampling.sampled=layer4", *more)
+
+    whole = run(settings("a"), Console(quiet=True))
+    offer = bkd.PosteriorPredictive.update
+
+    def update(posterior, draw, loader) -> None:
+        if draw.index == 2:
+            raise KeyboardInterrupt
+        offer(posterior, draw, loader)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bkd.PosteriorPredictive, "update", update)
+        run(settings("b"), Console(quiet=True))
+    again = run(settings("b"), Console(quiet=True))
+    assert torch.equal(again.bkd.probs, whole.bkd.probs) and again.trace.taken < whole.trace.taken
+    cards = [json.loads((tmp_path / name / "draws-0.json").read_text()) for name in "ab"]
+    assert [[draw["index"] for draw in card["draws"]] for card in cards] == [[0, 2], [0, 2]]
+
+
 def test_a_head_says_what_was_measured_of_it(folder, tmp_path) -> None:
     run(config(folder, tmp_path, "sampling.sampled=head", "sampling.chains=2"), Console(quiet=True))
     found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -534,6 +556,20 @@ def test_tar_files_that_are_none(tars, tmp_path) -> None:
         images.TarFiles(tmp_path)
     with pytest.raises(DataUnavailableError, match=r"a.tar: is no uncompressed tar file"):
         images.TarFiles(tar_of(tmp_path / "a.tar", {"7.jpg": b"1", "7.cls": b"0"}, "w:gz"))
+
+
+def test_suffixes_in_tar_files_may_be_in_capitals(folder, tmp_path) -> None:
+    image = (folder / "test" / "n0" / "0.jpeg").read_bytes()
+    found = images.TarFiles(tar_of(tmp_path / "a.tar", {"A.JPEG": image, "A.CLS": b"0", "b.PNG": image, "b.cls": b"1"}))
+    assert found.labels.tolist() == [0, 1] and found.open(0).size == found.open(1).size == (44, 40)
+
+
+def test_tar_files_of_other_classes(tars, tmp_path) -> None:
+    two = tar_of(tmp_path / "a.tar", {"a.jpg": b"", "a.cls": b"0", "b.jpg": b"", "b.cls": b"1"})
+    with pytest.raises(
+        DataUnavailableError, match=r"train-\{00\.\.02\}.tar has 3 classes and .*a.tar 2: must be the same"
+    ):
+        images.load(ImageFiles(train=tars / "train-{00..02}.tar", test=two), 0)
 
 
 def test_an_image_of_a_tar_file_that_cannot_be_decoded_is_named(tmp_path) -> None:

@@ -170,7 +170,7 @@ def _contents(file: Path) -> Iterator[tuple[tuple[int, int], int]]:
             for member in filter(tarfile.TarInfo.isreg, tar):
                 folder, slash, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
-                key = folder + slash + key
+                key, kind = folder + slash + key, kind.lower()  # as webdataset reads them
                 if kind in ("jpg", "jpeg", "png"):
                     if key in images:
                         raise DataUnavailableError(f"{file}: {key} has two images; must have one")
