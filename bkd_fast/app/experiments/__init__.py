@@ -14,6 +14,7 @@ MODULES: dict[str, str] = {
     "semiparametric-tabular": "semiparametric",
     "semiparametric-cifar": "semiparametric_cifar",
     "bkd-perturbation": "bkd_perturbation",
+    "bkd-mixture": "bkd_mixture",
     "bkd-synthetic": "bkd_synthetic",
     "teachers-gaussians": "teachers",
 }
