@@ -135,9 +135,10 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def save(record: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write NAME.json and NAME.md into the folder; returns their paths."""
+    """Write NAME.json and NAME.md into the folder, of a full run NAME-full.json and NAME-full.md; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, text = (folder / f"{record['name']}.{suffix}" for suffix in ("json", "md"))
+    stem = record["name"] + "-full" * (record["scale"] == "full")
+    data, text = (folder / f"{stem}.{suffix}" for suffix in ("json", "md"))
     data.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text.write_text(page(record), encoding="utf-8")
     return data, text
