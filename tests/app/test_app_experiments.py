@@ -60,6 +60,14 @@ def test_one_seed_has_no_error_and_nothing_published_no_column():
     assert "| ours | 0.51 |  |" in text and "| base | 0.25 |  |" in text
 
 
+def test_rounding_is_no_error_and_small_numbers_have_exponents():
+    def run(seed: int, settings: Settings):
+        return {"ours": {"accuracy": 0.97 + 1e-17 * seed, "nll": 4e-10 * (seed - 1)}}
+
+    text = table(reproduce(experiment(run=run, published={}), "tiny", [0, 1, 2, 3]))
+    assert text.splitlines()[2] == "| ours | 0.97 | 2.0e-10 ± 2.6e-10 |"
+
+
 def test_a_page_says_what_was_run_and_how_to_read_it(tmp_path):
     before = torch.get_num_threads()
     record = reproduce(experiment(), "full", [0, 1])

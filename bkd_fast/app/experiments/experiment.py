@@ -109,9 +109,11 @@ def _ours(found: Sequence[float | None] | None) -> str:
     if found is None or found[0] is None:
         return ""
     mean, error = found[0], found[1] if found[1] is not None else math.nan
-    if not error > 0:
+    if not error > 1e-5 * abs(mean):  # one seed, or no more than the rounding
         return f"{mean:.4g}"
     places = max(0, 1 - math.floor(math.log10(error)))
+    if places > 6:
+        return f"{mean:.1e} ± {error:.1e}"
     return f"{mean:.{places}f} ± {error:.{places}f}"
 
 
