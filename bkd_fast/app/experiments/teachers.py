@@ -15,6 +15,7 @@ from bkd_fast.app.experiments.experiment import Experiment, Figures
 from bkd_fast.methods.bayesian_teacher import BayesianTeacher
 from bkd_fast.methods.brier import brier_loss
 
+KINDS = ("CE", "Brier", "Bayesian")
 CLASSES, DIMENSIONS = Gaussians.classes, Gaussians.dimensions
 STUDENTS: dict[str, tuple[Callable[[], nn.Module], float]] = {  # and the prior precision of their parameters
     "linear": (lambda: nn.Linear(DIMENSIONS, CLASSES), 54.0),  # the variance of the true weights, m / 6
@@ -32,9 +33,8 @@ class Settings:
     steps: int = 2000
     batch_size: int = 100
     prior_strength: float = 5.0
-    prior_precision: float = (
-        54.0  # of a teacher's parameters: its prior's logits then have the spread of the true ones, about 2
-    )
+    # of a teacher's parameters: under the largest the prior's logits have the spread of the true ones, about 2
+    precisions: tuple[float, ...] = (1.7, 5.4, 17.0, 54.0)
     burn_in: int = 4000
     thin: int = 50
     num_draws: int = 200
@@ -49,17 +49,17 @@ def scores_of(log_probs: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def posterior_logits(start: nn.Module, x: Tensor, y: Tensor, test_x: Tensor, settings: Settings, seed: int) -> Tensor:
-    """Log probabilities (N + rows, classes) of the mean over one SGHMC chain from a trained teacher, which moves."""
+def posterior_logits(
+    start: nn.Module, x: Tensor, y: Tensor, inputs: Tensor, precision: float, settings: Settings, seed: int
+) -> Tensor:
+    """Log probabilities (len(inputs), classes) of the mean over one SGHMC chain from a trained teacher, which moves."""
     batches = Batches(x, y, batch_size=settings.batch_size, shuffle_seed=seed)
     loss = bkd.KDLoss(0.0)
-    sampler = bkd.SGHMC(
-        start.named_parameters(), 1e-3, num_data=len(x), prior_precision=settings.prior_precision, seed=seed
-    )
+    sampler = bkd.SGHMC(start.named_parameters(), 1e-3, num_data=len(x), prior_precision=precision, seed=seed)
     lr = bkd.suggest_lr(start, sampler, loss, batches, noise_share=0.05).lr
     for group in sampler.param_groups:
         group["lr"] = lr
-    labels = BayesianTeacher([x, test_x], num_rows=len(x) + len(test_x), num_classes=CLASSES)
+    labels = BayesianTeacher([inputs], num_rows=len(inputs), num_classes=CLASSES)
     for _ in bkd.sample(
         start,
         sampler,
@@ -75,6 +75,50 @@ def posterior_logits(start: nn.Module, x: Tensor, y: Tensor, test_x: Tensor, set
     return labels.logits
 
 
+def train(
+    make: Callable[[], nn.Module],
+    loss: Callable[..., Tensor],
+    precision: float,
+    data: tuple[Tensor, ...],
+    settings: Settings,
+    seed: int,
+) -> nn.Module:
+    """A network of (x, targets...) by about `settings.steps` steps of Adam, whose weight decay is the Gaussian prior."""
+    rows = len(data[0])
+    epochs = -(-settings.steps // (rows // min(settings.batch_size, rows)))
+    batches = Batches(*data, batch_size=settings.batch_size, shuffle_seed=seed)
+    return fit(seeded(make, seed), batches, loss, epochs=epochs, lr=2e-3, weight_decay=precision / rows)
+
+
+def teacher_logits(
+    kind: str, precision: float, x: Tensor, y: Tensor, inputs: Tensor, settings: Settings, seed: int
+) -> Tensor:
+    """(len(inputs), classes) of a teacher of one of `KINDS` with a Gaussian prior, trained on x and y."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(DIMENSIONS, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, CLASSES))
+
+    loss = brier_loss if kind == "Brier" else functional.cross_entropy
+    teacher = train(make, loss, precision, (x, y), settings, seed)
+    if kind == "Bayesian":
+        return posterior_logits(teacher, x, y, inputs, precision, settings, seed)
+    return logits_of(teacher, inputs)
+
+
+def chosen_precision(kind: str, x: Tensor, y: Tensor, settings: Settings, seed: int) -> float:
+    """The precision whose teacher of four fifths of the points has the smallest log loss on the others."""
+    cut = 4 * len(x) // 5
+    losses = {
+        precision: float(
+            functional.cross_entropy(
+                teacher_logits(kind, precision, x[:cut], y[:cut], x[cut:], settings, seed), y[cut:]
+            )
+        )
+        for precision in settings.precisions
+    }
+    return min(losses, key=lambda precision: losses[precision])
+
+
 def run_seed(seed: int, settings: Settings) -> Figures:
     problem = Gaussians(seed)
     data_x, data_y = problem.draw(max(settings.sizes))
@@ -84,38 +128,18 @@ def run_seed(seed: int, settings: Settings) -> Figures:
     for size in settings.sizes:
         x, y = data_x[:size], data_y[:size]
         both = torch.cat([x, test_x])
-        epochs = -(-settings.steps // (size // min(settings.batch_size, size)))
-
-        def train(
-            make: Callable[[], nn.Module],
-            loss: Callable[..., Tensor],
-            precision: float,
-            *labels: Tensor,
-            data: tuple[Tensor, Tensor] = (x, y),
-            epochs: int = epochs,
-        ) -> nn.Module:
-            batches = Batches(*data, *labels, batch_size=settings.batch_size, shuffle_seed=seed)
-            return fit(seeded(make, seed), batches, loss, epochs=epochs, lr=2e-3, weight_decay=precision / len(data[0]))
-
-        def teacher() -> nn.Module:
-            return nn.Sequential(nn.Linear(DIMENSIONS, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, CLASSES))
-
-        plain = train(teacher, functional.cross_entropy, settings.prior_precision)
-        teachers = {
-            "CE": logits_of(plain, both),
-            "Brier": logits_of(train(teacher, brier_loss, settings.prior_precision), both),
-            "Bayesian": posterior_logits(plain, x, y, test_x, settings, seed),
-            "exact": problem.log_probs(both),
-        }
-        for kind, (make, precision) in STUDENTS.items():
-            alone = train(make, functional.cross_entropy, precision)
-            found[f"{size}: {kind}, no teacher"] = scores_of(logits_of(alone, test_x), truth)
-        for name, logits in teachers.items():
-            if name != "exact":
-                found[f"{size}: {name} teacher"] = scores_of(logits[size:], truth)
-            for kind, (make, precision) in STUDENTS.items():
-                student = train(make, bkd.KDLoss(settings.prior_strength), precision, logits[:size])
-                found[f"{size}: {kind}, {name} teacher"] = scores_of(logits_of(student, test_x), truth)
+        teachers = {"exact": problem.log_probs(both)}
+        for kind in KINDS:
+            precision = chosen_precision(kind, x, y, settings, seed)
+            teachers[kind] = teacher_logits(kind, precision, x, y, both, settings, seed)
+            found[f"{size}: {kind} teacher"] = scores_of(teachers[kind][size:], truth) | {"precision": precision}
+        for student, (make, precision) in STUDENTS.items():
+            alone = train(make, functional.cross_entropy, precision, (x, y), settings, seed)
+            found[f"{size}: {student}, no teacher"] = scores_of(logits_of(alone, test_x), truth)
+            for name, logits in teachers.items():
+                loss = bkd.KDLoss(settings.prior_strength)
+                taught = train(make, loss, precision, (x, y, logits[:size]), settings, seed)
+                found[f"{size}: {student}, {name} teacher"] = scores_of(logits_of(taught, test_x), truth)
     return found
 
 
@@ -129,13 +153,14 @@ EXPERIMENTS = (
         run_seed,
         full=Settings(),
         quick=Settings(sizes=(300, 1000), rows=2000, steps=1000, burn_in=1000, thin=20, num_draws=100),
-        tiny=Settings((60,), 40, 8, 4, 20, burn_in=2, thin=1, num_draws=3),
-        columns=("accuracy", "KL(true, predicted)"),
+        tiny=Settings((60,), 40, 8, 4, 20, precisions=(17.0, 54.0), burn_in=2, thin=1, num_draws=3),
+        columns=("accuracy", "KL(true, predicted)", "precision"),
         deviations=(
             "A problem of our own: ten Gaussians in 30 dimensions whose log odds are linear in x, Bayes accuracy .6; accuracies "
             "and divergences are expectations under the truth. Students see their teacher's points, labels included.",
-            "All teachers have one network and one prior, under which logits spread as the true ones do. The Brier loss is "
-            "smaller than a log loss, so that the prior weighs more in it.",
+            "All teachers are of one network. The precision of each one's Gaussian prior is that of four under which a teacher "
+            "of four fifths of the points has the smallest log loss on the rest. One prior for all would weigh more in the Brier "
+            "teacher, as the Brier loss is smaller than a log loss.",
             "quick: sizes 300 and 1,000, one chain of 3,000 steps.",
         ),
         seeds=5,
