@@ -33,8 +33,8 @@ class Settings:
     steps: int = 2000
     batch_size: int = 100
     prior_strength: float = 5.0
-    # of a teacher's parameters: under the largest the prior's logits have the spread of the true ones, about 2
-    precisions: tuple[float, ...] = (1.7, 5.4, 17.0, 54.0)
+    # of a teacher's parameters: under 54 the prior's logits have the spread of the true ones, about 2
+    precisions: tuple[float, ...] = (1.7, 5.4, 17.0, 54.0, 170.0)
     burn_in: int = 4000
     thin: int = 50
     num_draws: int = 200
@@ -158,7 +158,7 @@ EXPERIMENTS = (
         deviations=(
             "A problem of our own: ten Gaussians in 30 dimensions whose log odds are linear in x, Bayes accuracy .6; accuracies "
             "and divergences are expectations under the truth. Students see their teacher's points, labels included.",
-            "All teachers are of one network. The precision of each one's Gaussian prior is that of four under which a teacher "
+            "All teachers are of one network. The precision of each one's Gaussian prior is that of five under which a teacher "
             "of four fifths of the points has the smallest log loss on the rest. One prior for all would weigh more in the Brier "
             "teacher, as the Brier loss is smaller than a log loss.",
             "quick: sizes 300 and 1,000, one chain of 3,000 steps.",
