@@ -77,7 +77,7 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many runs (default: as the experiment has it).")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/reproduce"),
 ) -> None:
-    """Run a published experiment again: its table beside the published figures, as NAME.md and NAME.json (NAME-full)."""
+    """Run a published experiment again: its table beside the published figures, as NAME.md and .json (--full: NAME-full)."""
     from bkd_fast.app import experiments
     from bkd_fast.app.experiments import experiment
 

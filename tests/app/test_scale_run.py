@@ -356,10 +356,8 @@ def test_features_and_logits_of_a_head_are_those_of_the_images_as_they_are(folde
         torch.testing.assert_close(student.fc(seen), student(x), rtol=2e-3, atol=2e-3)
 
 
-def test_a_killed_head_begins_anew_with_the_features_that_it_has(folder, tmp_path, monkeypatch) -> None:
-    settings = config(folder, tmp_path / "a", "sampling.sampled=head", "sampling.chains=2")
-    whole = run(settings, Console(quiet=True))
-    killed = config(folder, tmp_path / "b", "sampling.sampled=head", "sampling.chains=2")
+def run_to_the_third_draw(settings: ScaleConfig, monkeypatch) -> None:
+    """A run that is interrupted before its third draw is taken in."""
     offer = bkd.PosteriorPredictive.update
 
     def update(posterior, draw, loader) -> None:
@@ -369,7 +367,14 @@ def test_a_killed_head_begins_anew_with_the_features_that_it_has(folder, tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bkd.PosteriorPredictive, "update", update)
-        run(killed, Console(quiet=True))
+        run(settings, Console(quiet=True))
+
+
+def test_a_killed_head_begins_anew_with_the_features_that_it_has(folder, tmp_path, monkeypatch) -> None:
+    settings = config(folder, tmp_path / "a", "sampling.sampled=head", "sampling.chains=2")
+    whole = run(settings, Console(quiet=True))
+    killed = config(folder, tmp_path / "b", "sampling.sampled=head", "sampling.chains=2")
+    run_to_the_third_draw(killed, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(bkd, "record_features", lambda *a, **k: pytest.fail("the features are there"))
         again = run(killed, Console(quiet=True))
@@ -384,16 +389,7 @@ def test_killed_last_modules_go_on_where_they_stood(folder, tmp_path, monkeypatc
         return config(folder, tmp_path / name, "sampling.sampled=layer4", *more)
 
     whole = run(settings("a"), Console(quiet=True))
-    offer = bkd.PosteriorPredictive.update
-
-    def update(posterior, draw, loader) -> None:
-        if draw.index == 2:
-            raise KeyboardInterrupt
-        offer(posterior, draw, loader)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bkd.PosteriorPredictive, "update", update)
-        run(settings("b"), Console(quiet=True))
+    run_to_the_third_draw(settings("b"), monkeypatch)
     again = run(settings("b"), Console(quiet=True))
     assert torch.equal(again.bkd.probs, whole.bkd.probs) and again.trace.taken < whole.trace.taken
     cards = [json.loads((tmp_path / name / "draws-0.json").read_text()) for name in "ab"]

@@ -10,7 +10,7 @@ import bkd_fast as bkd
 from bkd_fast.app import config, models
 from bkd_fast.app import data as app_data
 from bkd_fast.app.data import Batches
-from bkd_fast.app.experiments.common import fit, logits_of, predictive, sample_posterior
+from bkd_fast.app.experiments.common import fit, logits_of, nll, predictive, sample_posterior
 from bkd_fast.app.experiments.experiment import Experiment, Figures
 
 SHAPE, CLASSES = (1, 28, 28), 10
@@ -55,7 +55,7 @@ def scores_of(summary: bkd.PosteriorPredictive, labels: Tensor) -> dict[str, flo
     mean = summary.mean.double()
     return {
         "accuracy": float((mean.argmax(1) == labels).double().mean()),
-        "nll": float(functional.nll_loss(mean.clamp_min(1e-30).log(), labels)),
+        "nll": nll(mean, labels),
     }
 
 

@@ -15,6 +15,7 @@ from bkd_fast.app.experiments.common import (
     dropout_logits,
     fit,
     logits_of,
+    nll,
     predictive,
     run_chains,
     sample_posterior,
@@ -74,7 +75,7 @@ def scores_of(summary: bkd.PosteriorPredictive, labels: Tensor) -> dict[str, flo
         "over-confidence": float(confidence.mean()) - accuracy,
         "mean deviance": float(summary.mean_deviance.mean()),
         "mutual information": float(summary.mutual_information.mean()),
-        "nll": float(functional.nll_loss(mean.clamp_min(1e-30).log(), labels)),
+        "nll": nll(mean, labels),
     }
 
 

@@ -17,7 +17,13 @@ from bkd_fast.app.experiments.experiment import Experiment, Figures
 from bkd_fast.methods.cmi import CMILoss, conditional_mutual_information
 
 ALPHA, TEMPERATURE = 0.9, 4.0  # of the students' loss: .1 CE + .9 KD
-TEACHERS = ("CE teacher", "maximum CMI, frozen centroids", "maximum CMI, refreshed centroids", "fine-tuned by CE alone")
+# of `run_pictures`, and how each is fine-tuned: whether with the CMI term, and whether with centroids of every epoch
+TEACHERS: dict[str, tuple[bool, bool] | None] = {
+    "CE teacher": None,
+    "maximum CMI, frozen centroids": (True, False),
+    "maximum CMI, refreshed centroids": (True, True),
+    "fine-tuned by CE alone": (False, False),
+}
 
 
 @dataclass(frozen=True)
@@ -106,13 +112,12 @@ def run_pictures(seed: int, settings: Pictures) -> Figures:
     plain = fit(make(), batches, functional.cross_entropy, epochs=settings.teacher_epochs, lr=2e-3)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     found: dict[str, dict[str, float]] = {}
-    for name in TEACHERS:
+    for name, tuned in TEACHERS.items():
         teacher = plain
-        if name != TEACHERS[0]:
-            strength = 0.0 if name == TEACHERS[3] else settings.strength
-            tuning = Tuning(
-                strength, settings.tuning_epochs, settings.tuning_lr, settings.batch_size, name == TEACHERS[2]
-            )
+        if tuned:
+            with_term, refreshed = tuned
+            strength = settings.strength if with_term else 0.0
+            tuning = Tuning(strength, settings.tuning_epochs, settings.tuning_lr, settings.batch_size, refreshed)
             teacher = tuning(plain, make, x, y, seed)
         logits, test_logits = logits_of(teacher, x), logits_of(teacher, test_x)
         found[name] = {

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import bkd_fast as bkd
 from bkd_fast.app.data import Batches
@@ -229,6 +230,11 @@ def normal_quantile(logits: Tensor, q: float) -> Tensor:
     odds = log_odds(logits)
     z = float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
     return (odds.mean(0) + z * odds.std(0)).sigmoid()
+
+
+def nll(probs: Tensor, labels: Tensor) -> float:
+    """The mean negative log likelihood of labels (N,) under probabilities (N, C), in nats; a probability of 0 counts as 1e-30."""
+    return float(functional.nll_loss(probs.double().clamp_min(1e-30).log(), labels))
 
 
 def point_scores(log_probs: Tensor, truth: Tensor) -> dict[str, float]:

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import bkd_fast as bkd
 from bkd_fast.app import config
 from bkd_fast.app import data as app_data
 from bkd_fast.app.data import Batches
-from bkd_fast.app.experiments.common import EVALUATION_BATCH, HealthOf, logits_of, seeded
+from bkd_fast.app.experiments.common import EVALUATION_BATCH, HealthOf, logits_of, nll, seeded
 from bkd_fast.app.experiments.datasets import OTHERS, unlike_mnist
 from bkd_fast.app.experiments.experiment import Experiment
 from bkd_fast.methods.dirichlet import Dirichlet, dirichlet_uncertainty
@@ -175,10 +174,6 @@ def said(student: PosteriorExpectation, x: Tensor) -> tuple[Tensor, ...]:
     """The readings of all rows, one for each head."""
     parts = zip(*(student.predict(rows) for rows in torch.split(x, EVALUATION_BATCH)), strict=True)
     return tuple(torch.cat(rows) for rows in parts)
-
-
-def nll(probs: Tensor, labels: Tensor) -> float:
-    return float(functional.nll_loss(probs.double().clamp_min(1e-30).log(), labels))
 
 
 # ---- masks ----
