@@ -17,15 +17,17 @@ The host's work per call is to collect the addresses and look for a kept table t
 and gradients move when `zero_grad` frees them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROW = 10  # int64 entries of a row
+COLUMNS = ("theta", "gradient", "center", "mean", "m2", "master", "first", "second")  # of addresses
+ROW = len(COLUMNS) + 2  # int64 entries of a row
 LABEL = 4  # int32 entries of a row's label
 SMALLEST_CHUNK, LARGEST_CHUNK = 4096, 65536
 CHUNKS_WANTED = 1024  # at least, where the tensors are large enough: several for each of a GPU's 100 to 150 processors
@@ -79,6 +81,8 @@ def table_of(
     first: Sequence[Tensor] = (),
     second: Sequence[Tensor] = (),
     chains: int = 1,
+    identity: object | None = None,
+    known: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Table:
     """The table of a launch on the current stream of theta's device.
 
@@ -87,21 +91,30 @@ def table_of(
         gradient, center, mean, m2, master, first, second: like theta, or empty.
         parameters, first_elements: one for each tensor, or empty for zeros.
         chains: equal parts of each tensor, one behind the other, that have rows of their own.
+        identity: stands for theta, its addresses and sizes, parameters, first_elements and chains; None: those are compared.
+        known: addresses of tensors above, by the name of their list, that the caller has looked up.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and nothing is laid by for its table; one eager call lays it by.
         torch.OutOfMemoryError: no memory; everything kept is as it was.
     """
     device = theta[0].device
-    columns = (theta, gradient, center, mean, m2, master, first, second)
-    addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in columns]
-    sizes = [tensors[0].itemsize if tensors else 0 for tensors in columns]
-    counts = tuple(map(Tensor.numel, theta))
-    key = (device, *addresses, tuple(sizes), counts, tuple(parameters), tuple(first_elements), chains)
+    columns = dict(zip(COLUMNS, (theta, gradient, center, mean, m2, master, first, second), strict=True))
+
+    def addresses_of(name: str) -> tuple[int, ...]:
+        return known[name] if name in known else tuple(map(Tensor.data_ptr, columns[name]))
+
+    others = [addresses_of(name) for name in COLUMNS[1:]]
+    sizes = [tensors[0].itemsize if tensors else 0 for tensors in columns.values()]
+    what = identity or (
+        device, addresses_of("theta"), tuple(map(Tensor.numel, theta)), tuple(parameters), tuple(first_elements), chains
+    )  # fmt: skip
+    key = (what, *others, *sizes)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.pop(key, None)
     if table is None:
-        packed, size = _pack(addresses, counts, parameters, first_elements, sizes, chains)
+        counts = tuple(map(Tensor.numel, theta))
+        packed, size = _pack([addresses_of("theta"), *others], counts, parameters, first_elements, sizes, chains)
         if capturing:
             return _built_in_a_capture(packed, size, len(theta), device, chains)
         table = _upload(packed, size, len(theta), device, chains)

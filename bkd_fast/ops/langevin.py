@@ -6,8 +6,8 @@ with xi the noise of csrc/noise.h; optionally the running mean and squared devia
 The arithmetic, in this order, is the contract (csrc/langevin.h): one fp32 step is bit-equal on every backend.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ class LangevinStep:
         chains: K, the number of equal parts of every tensor (contiguous then) that are parameters of chains chain ..
             chain + K - 1: elements count from `first_elements` in each. noise_table is then (256,) or (32,) for all, or with
             `scalars` of each chain (K, 256) or (K, 32).
+        identity: an object of the caller's that stands for theta, its memory and everything that is said of it (parameters,
+            first_elements, chains), all ordinary tensors: what a backend keeps for theta it may keep under this. None: nothing.
+        known: addresses of lists above, by their names, that the caller has looked up.
     """
 
     theta: Sequence[Tensor]
@@ -82,6 +85,12 @@ class LangevinStep:
     second: Sequence[Tensor] = ()
     own: Sequence[float] = ()
     chains: int = 1
+    identity: object | None = None
+    known: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def addresses(self, name: str) -> tuple[int, ...]:
+        """Of the tensors in the list of that name."""
+        return self.known[name] if name in self.known else tuple(map(Tensor.data_ptr, getattr(self, name)))
 
     def numbers(self) -> list[list[float]]:
         """(lr, decay, sigma, *own) of each chain, or of all in one row; for backends whose tensors the host reads at no cost."""
@@ -107,6 +116,8 @@ class LangevinStep:
             "parameters",
             "first_elements",
             "chains",
+            "identity",
+            "known",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -123,7 +134,7 @@ _LIBRARY.define(
     "str rule, Tensor(f!)[] first, Tensor(g!)[] second, float[] own, int chains) -> ()"
 )
 _LIBRARY.define("find_nonfinite(Tensor[] tensors) -> Tensor")
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}  # types that nothing in torch's dispatcher looks behind
 _SEED = [field.name for field in fields(LangevinStep)].index("seed")
 
 
@@ -170,7 +181,7 @@ def langevin_step_(s: LangevinStep) -> None:
 
 def unchecked_langevin_step_(s: LangevinStep) -> None:
     """Take a step whose caller has seen to everything that is checked (a sampler's layout, on every step)."""
-    if _is_plain([*s.theta, *s.gradient]):
+    if _is_eager() and (s.identity is not None or _are_plain([*s.theta, *s.gradient])):
         find("langevin_step_", s.theta[0].device)(s)
         return
     torch.ops.bkd_fast.langevin_step_(
@@ -180,15 +191,18 @@ def unchecked_langevin_step_(s: LangevinStep) -> None:
     )  # fmt: skip
 
 
-def _is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing in torch's dispatcher would see an operation on these: going past it spares the conversion of hundreds of
-    tensors, which costs more than their launch."""
+def _is_eager() -> bool:
+    """Whether nothing in torch's dispatcher would see an operation on ordinary tensors: going past it spares the conversion of
+    hundreds of them, which costs more than their launch."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and set(map(type, tensors)) <= _PLAIN
     )
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return set(map(type, tensors)) <= PLAIN
 
 
 def _check(s: LangevinStep) -> None:
@@ -301,7 +315,7 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 def find_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
     """For each tensor (dense, one dtype and device): whether it holds a NaN or an infinity. Returns bool (len(tensors),)."""
     found: Tensor
-    if _is_plain(tensors):
+    if _is_eager() and _are_plain(tensors):
         found = find("find_nonfinite", tensors[0].device)(tensors)
     else:
         found = torch.ops.bkd_fast.find_nonfinite(tensors)

@@ -42,6 +42,7 @@ class AdamSGHMC(PreconditionedSampler):
     states = ("exp_avg", "exp_avg_sq")
     at_rest = (1.0, 0.0, 1.0, 0.0, None, None)
     momentum = "exp_avg"
+    noise_over_lr = True
     noise_in_gradient = True
 
     def __init__(
@@ -66,10 +67,11 @@ class AdamSGHMC(PreconditionedSampler):
         self, group: dict[str, Any], lr: Any, temperature: Any, num_data: Any, step: Any, m: ModuleType
     ) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
-        rate = lr / (1 - beta1 ** (step + 1))
+        steps = 1 + (step.double() if isinstance(step, Tensor) else step)
+        rate = lr / (1 - beta1**steps)
         sigma = (1 - beta1) * m.sqrt(2 * temperature / (rate * num_data))
         still = group["frozen_at"] is not None
-        correction = 1 - beta2 ** (group["frozen_at"] if still else step + 1)
+        correction = 1 - beta2 ** (group["frozen_at"] if still else steps)
         return (
             rate,
             sigma,

@@ -3,17 +3,21 @@
 The noise of an element depends on its index in the parameter's dense storage order (logical order for contiguous tensors,
 NHWC for channels_last), of a sharded parameter in the whole one's. A parameter that does not fill its memory densely goes through
 a contiguous copy, in logical order.
-Nothing here is kept between steps: frameworks replace parameters, and gradients move when they are freed.
+
+Frameworks replace parameters, and gradients move when they are freed, so every step looks at every tensor. What it found is kept
+(`Layout`, `Launch.state`), and the next step only asks whether each is what it was: a few C calls a tensor, where finding out
+takes microseconds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bkd_fast.ops.langevin import is_dense, same_order
+from bkd_fast.ops.langevin import PLAIN, is_dense, same_order
 from bkd_fast.sharding import first_element, is_sharded, local
 
 
@@ -22,10 +26,30 @@ class Launch:
     """Parameters of one dtype and device of one group, in one call; of sharded ones the parts that are here."""
 
     indices: list[int] = field(default_factory=list)  # positions in the group
+    parameters: list[int] = field(default_factory=list)  # their numbers in the noise
     theta: list[Tensor] = field(default_factory=list)
     gradient: list[Tensor] = field(default_factory=list)
     first_elements: list[int] = field(default_factory=list)  # indices in the whole parameters
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, the dense copy that stands for it)
+    state: "State | None" = None  # what a `Layout` keeps with it
+    identity: object | None = None  # stands for all of it but the gradients, where it was kept from an earlier step
+    addresses: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of theta and gradient, if ordinary tensors
+
+    def look_up_addresses(self) -> None:
+        if set(map(type, [*self.theta, *self.gradient])) <= PLAIN:
+            self.addresses = {
+                "theta": tuple(map(Tensor.data_ptr, self.theta)),
+                "gradient": tuple(map(Tensor.data_ptr, self.gradient)),
+            }
+
+    def check_memory(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter or gradient whose memory was freed behind its back."""
+        for what, tensors in (("", self.theta), ("the gradient of ", self.gradient)):
+            addresses = self.addresses.get("gradient" if what else "theta", ())
+            if 0 in addresses:
+                for index, tensor, address in zip(self.indices, tensors, addresses, strict=True):
+                    if address == 0 and tensor.numel():
+                        raise ValueError(f"{what}{name_of(group, index)} has no memory: its storage was freed")
 
     def of(self, indices: Sequence[int]) -> "Launch":
         """The part of it with the parameters at these positions of the group."""
@@ -33,10 +57,19 @@ class Launch:
         theta = [self.theta[n] for n in kept]
         return Launch(
             [self.indices[n] for n in kept],
+            [self.parameters[n] for n in kept],
             theta,
             [self.gradient[n] for n in kept],
             [self.first_elements[n] for n in kept],
             [(parameter, copy) for parameter, copy in self.copies if any(copy is t for t in theta)],
+        )
+
+    def takes(self, params: Sequence[Tensor], gradient: Sequence[Tensor]) -> bool:
+        """Whether these parameters and gradients themselves are in it, not copies or parts, and are ordinary tensors."""
+        return (
+            set(map(type, [*self.theta, *gradient])) <= PLAIN
+            and all(map(is_, self.theta, [params[index] for index in self.indices]))
+            and all(map(is_, self.gradient, gradient))
         )
 
     def write_back(self) -> None:
@@ -44,6 +77,97 @@ class Launch:
         for parameter, copy in self.copies:
             parameter.copy_(copy)
         torch.autograd.graph.increment_version(self.theta)
+
+
+@dataclass
+class State:
+    """What a sampler keeps for each parameter of a launch, in the launch's order."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)  # the sampler's own, of each parameter
+    lists: dict[str, list[Tensor]] = field(default_factory=dict)  # by name; what was found to fit
+    addresses: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def keep(self, name: str, tensors: list[Tensor]) -> None:
+        self.lists[name], self.addresses[name] = tensors, tuple(map(Tensor.data_ptr, tensors))
+
+    def stands(self) -> bool:
+        """Whether the entries hold the tensors that are kept, in the same memory, and nothing else."""
+        return sum(map(len, self.entries)) == len(self.lists) * len(self.entries) and all(
+            all(map(is_, [entry.get(name) for entry in self.entries], tensors))
+            and tuple(map(Tensor.data_ptr, tensors)) == self.addresses[name]
+            for name, tensors in self.lists.items()
+        )
+
+    def forget(self) -> None:
+        self.entries, self.lists, self.addresses = [], {}, {}
+
+
+class Layout:
+    """The launches of one group from step to step.
+
+    Where one launch serves the group and takes its tensors as they are, it is kept for as long as every parameter is the same
+    one, in the same memory, and every parameter and gradient looks as it did.
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._kept: Launch | None = None  # without gradients, which others may want to free
+        self._addresses: tuple[int, ...] = ()
+        self._looks: tuple[Any, ...] = ()
+        self._order: Callable[[Tensor], Any] = Tensor.stride
+        self._chains = 1
+
+    def launches(self, group: dict[str, Any]) -> list[Launch]:
+        """As the function of that name."""
+        params = group["params"]
+        everything = list(map(_grad, params))
+        gradient = [g for g in everything if g is not None]
+        if self._kept is not None and self._stands(group, everything, gradient):
+            addresses = {"theta": self._addresses, "gradient": tuple(map(Tensor.data_ptr, gradient))}
+            return [replace(self._kept, gradient=gradient, addresses=addresses)]
+        self._kept = None
+        found = launches(group)
+        if len(found) == 1 and found[0].takes(params, gradient):
+            launch = found[0]
+            launch.state = State()
+            self._params, self._chains = list(params), group["chains"]
+            contiguous = all(map(Tensor.is_contiguous, launch.theta + gradient))
+            self._order = Tensor.is_contiguous if contiguous else Tensor.stride  # one is told sooner than the other
+            self._addresses = launch.addresses["theta"]
+            self._looks = _looks(launch.theta, gradient, self._order)
+            self._kept = replace(launch, gradient=[], identity=object())
+        return found
+
+    def _stands(self, group: dict[str, Any], everything: list[Tensor | None], gradient: list[Tensor]) -> bool:
+        assert self._kept is not None
+        theta, params = self._kept.theta, group["params"]
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return False
+        if len(gradient) != len(theta) or group["chains"] != self._chains:
+            return False
+        if len(theta) < len(params) and [i for i, g in enumerate(everything) if g is not None] != self._kept.indices:
+            return False
+        addresses = tuple(map(Tensor.data_ptr, theta))
+        return addresses == self._addresses and _looks(theta, gradient, self._order) == self._looks
+
+    def forget_state(self) -> None:
+        """Others have replaced entries of the sampler's state."""
+        if self._kept is not None and self._kept.state is not None:
+            self._kept.state.forget()
+
+
+_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
+
+
+def _looks(theta: list[Tensor], gradient: list[Tensor], order: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+    """What a launch relies on beside the addresses; `order` tells that of a tensor's memory. A gradient has its parameter's shape
+    and device: torch sees to that."""
+    return (
+        set(map(type, gradient)),
+        [*map(_dtype, theta), *map(_dtype, gradient)],
+        list(map(Tensor.numel, theta)),
+        [*map(order, theta), *map(order, gradient)],
+    )
 
 
 def launches(group: dict[str, Any], positions: Sequence[int] | None = None) -> list[Launch]:
@@ -66,12 +190,14 @@ def launches(group: dict[str, Any], positions: Sequence[int] | None = None) -> l
         first = [_first_element(group, index) for index in indices]
         theta, gradient = list(map(local, theta)), [_local_gradient(group, index) for index in indices]
     if _are_of_one_kind(theta + gradient):
-        return [Launch(indices, theta, gradient, first)]
+        numbers = [group["parameter_ids"][index] for index in indices]
+        return _with_addresses([Launch(indices, numbers, theta, gradient, first)])
     by_kind: dict[tuple[torch.dtype, torch.device], Launch] = {}
     for index, parameter, g, begin in zip(indices, theta, gradient, first, strict=True):
         _check(group, index, parameter, g)
         launch = by_kind.setdefault((parameter.dtype, parameter.device), Launch())
         launch.indices.append(index)
+        launch.parameters.append(group["parameter_ids"][index])
         if not (parameter.is_contiguous() if group["chains"] > 1 else is_dense(parameter)):
             copy = parameter.contiguous()
             launch.copies.append((parameter, copy))
@@ -79,7 +205,13 @@ def launches(group: dict[str, Any], positions: Sequence[int] | None = None) -> l
         launch.theta.append(parameter)
         launch.gradient.append(in_order_of(g, parameter))
         launch.first_elements.append(begin)
-    return list(by_kind.values())
+    return _with_addresses(list(by_kind.values()))
+
+
+def _with_addresses(found: list[Launch]) -> list[Launch]:
+    for launch in found:
+        launch.look_up_addresses()
+    return found
 
 
 def _are_of_one_kind(tensors: list[Tensor]) -> bool:

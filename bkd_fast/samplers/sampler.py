@@ -8,7 +8,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +20,7 @@ from bkd_fast.ops.langevin import DTYPES, LangevinStep, find_nonfinite, is_dense
 from bkd_fast.ops.noise import Tag, check_field, normal_
 from bkd_fast.ops.registry import find
 from bkd_fast.ops.rounding import TABLE_SIZES, noise_table, spacing
-from bkd_fast.samplers.layout import Launch, in_order_of, launches, name_of
+from bkd_fast.samplers.layout import Launch, Layout, in_order_of, launches, name_of
 from bkd_fast.samplers.quantiles import ParameterQuantiles, places_of
 from bkd_fast.samplers.settings import (
     DEFAULTS,
@@ -37,6 +37,7 @@ from bkd_fast.sharding import first_element, is_sharded, like, local, on_any, pa
 from bkd_fast.sketch import QuantileSketch
 
 CHECK_EVERY = 1000  # steps between calls of check()
+CONSTANTS_KEPT = 64  # numbers on devices: a few for each group, and a temperature that anneals
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
 COARSE_SHARE = 0.01  # of the elements, that may be spaced by more than a quarter of it
 # keys of a group that `_check_settings` does not look at
@@ -108,6 +109,7 @@ class Sampler(torch.optim.Optimizer):
     at_rest: ClassVar[tuple[float | None, ...]] = ()
     momentum: ClassVar[str | None] = None  # which of the states `draw_momentum` draws
     takes_out_gradient_noise: ClassVar[bool] = False
+    noise_over_lr: ClassVar[bool] = False  # sigma has lr below the line: infinite where there is no step
     noise_in_gradient: ClassVar[bool] = False  # added to what theta descends, so that maximising turns it round
 
     def __init_subclass__(cls) -> None:
@@ -133,9 +135,13 @@ class Sampler(torch.optim.Optimizer):
         self._names: dict[int, itemgetter[Any]] = {}  # what `_checked` holds of a group
         self._checked: dict[int, tuple[Any, ...]] = {}
         self._steps = 0  # calls of step()
+        self._layouts: dict[int, Layout] = {}  # of groups, by their numbers
+        self._entries: list[dict[str, Any]] = []  # of `state`, as the last step found them
         # flags of what "record" found: (group, device, positions in the group) -> bool (positions,); None for other rules
         self._flags: dict[tuple[int, torch.device, tuple[int, ...]], Tensor | None] = {}
         self._clocks: dict[int, Tensor] = {}  # of capturable groups: the step, int64 () on their device
+        self._constants: dict[tuple[torch.device, float], Tensor] = {}  # numbers on devices
+        self._in_graphs: list[Tensor] = []  # those that a graph may read at any later time
         self._begun: dict[int, _Begun] = {}  # of groups that step in backward: what the running step has done
         self._centers: dict[int, Tensor] = {}  # prior means by the parameter's number, which survives its replacement
         # the state being loaded, as it was saved, and the prior means before
@@ -232,11 +238,13 @@ class Sampler(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(index, group, launches(group)) for index, group in enumerate(self.param_groups)]
+        self._look_for_new_entries()
+        work = [(index, group, self._launches(index, group)) for index, group in enumerate(self.param_groups)]
         for index, group, group_launches in work:
             self._check_changes(index, group)
             for launch in group_launches:
                 find("langevin_step_", launch.theta[0].device)  # or there is no backend, and nothing moves
+                launch.check_memory(group)
                 self._check_fit(group, launch)
         capturing = _is_capturing()
         if capturing:
@@ -256,7 +264,8 @@ class Sampler(torch.optim.Optimizer):
                 self._move(index, group, launch, collects)
             self._finish(group)
             if group["capturable"]:
-                self._clocks[index] += (group["lr"] != 0).any()  # where lr is 0 nothing moves and no noise is used up
+                moves = group["lr"] != 0  # where lr is 0 nothing moves and no noise is used up
+                self._clocks[index] += moves.any() if moves.dim() else moves
             elif not is_zero(group["lr"]):
                 group["step"] += 1
         if self._quantiles is not None:
@@ -265,6 +274,20 @@ class Sampler(torch.optim.Optimizer):
         if self._steps % CHECK_EVERY == 0 and not capturing:
             self.check()
         return loss
+
+    def _launches(self, index: int, group: dict[str, Any]) -> list[Launch]:
+        layout = self._layouts.get(index)
+        if layout is None:
+            layout = self._layouts[index] = Layout()
+        return layout.launches(group)
+
+    def _look_for_new_entries(self) -> None:
+        """Let the layouts forget the state where a parameter has another entry than at the last step."""
+        entries = list(self.state.values())
+        if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
+            self._entries = entries
+            for layout in self._layouts.values():
+                layout.forget_state()
 
     def _begin(self, index: int, group: dict[str, Any]) -> bool:
         """What comes once for a group in a step, before its first launch. Tells whether the step's result is a counted draw."""
@@ -326,6 +349,10 @@ class Sampler(torch.optim.Optimizer):
             table = self._noise_table_of(group, launch, sigma_there, cold)
             lr, sigma, own = math.nan, 0.0 if cold else math.nan, [math.nan] * (scalars.shape[-1] - 3)
         first, second = (*states, [], [])[:2]
+        known = dict(launch.addresses)
+        if launch.state is not None:
+            for argument, name in zip(("first", "second"), self._states_of(group), strict=False):
+                known[argument] = launch.state.addresses[name]
         unchecked_langevin_step_(
             LangevinStep(
                 theta=launch.theta,
@@ -340,7 +367,7 @@ class Sampler(torch.optim.Optimizer):
                 seed=group["seed"],
                 chain=group["chain"],
                 step=group["step"],
-                parameters=[group["parameter_ids"][index] for index in launch.indices],
+                parameters=launch.parameters,
                 first_elements=launch.first_elements,
                 draws=group["moments"]["draws"] if mean else 0,
                 master=self._masters_of(group, launch),
@@ -352,6 +379,8 @@ class Sampler(torch.optim.Optimizer):
                 second=second,
                 own=own,
                 chains=group["chains"],
+                identity=launch.identity,
+                known=known,
             )
         )
 
@@ -376,16 +405,40 @@ class Sampler(torch.optim.Optimizer):
         Where lr is 0 there is no noise: a momentum's would be infinite.
         """
         device = theta.device
-        lr, temperature, num_data = (_on(device, group[name]) for name in ("lr", "temperature", "num_data"))
-        step = group["step"] if clock is None else _on(device, clock)
+        lr, temperature, num_data = (self._on(device, group[name]) for name in ("lr", "temperature", "num_data"))
+        step = group["step"] if clock is None else clock.to(device)
         rate, sigma, *own = self._numbers(group, lr, temperature, num_data, step, torch)
-        sigma = torch.where(lr == 0, 0.0, sigma)
-        for number, resting in enumerate(self.at_rest):
-            if resting is not None:
-                own[number] = torch.where(lr == 0, resting, _on(device, own[number]))
-        columns = [_on(device, x) for x in (sign * rate, sign * decay, noise_sign * sigma + 0.0, *own)]
-        rows = torch.broadcast_tensors(*columns)  # type: ignore[no-untyped-call]
+        if self.noise_over_lr or self.at_rest:
+            still = lr == 0
+            numbers = [
+                (sigma, 0.0 if self.noise_over_lr else None),
+                *zip(own, self.at_rest or [None] * len(own), strict=True),
+            ]
+            sigma, *own = (
+                number if resting is None else torch.where(still, self._on(device, resting), self._on(device, number))
+                for number, resting in numbers
+            )
+        # what multiplies by 1 is left out: under a graph each operation is a launch
+        columns = [rate if sign > 0 else -rate, sign * decay, sigma if noise_sign > 0 else 0.0 - sigma, *own]
+        rows = torch.broadcast_tensors(*(self._on(device, x) for x in columns))  # type: ignore[no-untyped-call]
         return torch.stack(rows, dim=-1).to(real_of(theta)), sigma
+
+    def _on(self, device: torch.device, value: float | Tensor) -> Tensor:
+        """A number in float64 on a device. Those of before a capture are kept: a fill would be one more launch of a replay."""
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float64, non_blocking=True)
+        key = device, float(value)
+        constant = self._constants.get(key)
+        if constant is None:
+            constant = torch.full((), value, dtype=torch.float64, device=device)
+            if _is_capturing():  # it lives in the graph's memory, and is written by every replay
+                return constant
+            if len(self._constants) == CONSTANTS_KEPT:
+                del self._constants[next(iter(self._constants))]
+            self._constants[key] = constant
+        if _is_capturing():
+            self._in_graphs.append(constant)
+        return constant
 
     def _check_changes(self, index: int, group: dict[str, Any]) -> None:
         """`_check_settings`, once for the same settings: schedules and users may assign any at any time."""
@@ -402,6 +455,10 @@ class Sampler(torch.optim.Optimizer):
         """Raise where a parameter is not what its state was made for: kernels trust shapes and devices."""
         if not self.state and not self._centers:
             return
+        if launch.state is not None and launch.state.lists:
+            if launch.state.stands():
+                return
+            launch.state.forget()
         for index in launch.indices:
             parameter = group["params"][index]
             shape, device = parameter.shape, parameter.device
@@ -459,6 +516,7 @@ class Sampler(torch.optim.Optimizer):
         if begun is None:
             self._check_changes(index, group)
         for launch in group_launches:
+            launch.check_memory(group)
             self._check_fit(group, launch)
         if begun is None:
             begun = self._begun[index] = _Begun(self._begin(index, group), set())
@@ -747,10 +805,13 @@ class Sampler(torch.optim.Optimizer):
         self, group: dict[str, Any], launch: Launch, key: str, start: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
         """State like the parameters in float32 (float64 for float64), from `start` at first use, in the order of their memory."""
-        tensors = []
+        if launch.state is not None and key in launch.state.lists:
+            return launch.state.lists[key]
+        tensors, entries = [], []
         for index, theta in zip(launch.indices, launch.theta, strict=True):
             parameter = group["params"][index]
             state = self.state[parameter]
+            entries.append(state)
             if key not in state:
                 state[key] = like(start(theta), parameter)
             # the kernel trusts the dtype, and others may have cast it
@@ -759,10 +820,13 @@ class Sampler(torch.optim.Optimizer):
             if tensor is not mine or (is_sharded(parameter) and not is_sharded(state[key])):
                 state[key] = like(tensor, parameter)
             tensors.append(tensor)
+        if launch.state is not None:
+            launch.state.entries = entries
+            launch.state.keep(key, tensors)
         return tensors
 
     def _prior_means_of(self, group: dict[str, Any], launch: Launch) -> list[Tensor]:
-        numbers = [group["parameter_ids"][index] for index in launch.indices]
+        numbers = launch.parameters
         if numbers[0] not in self._centers:  # a group has all of them or none
             return []
         parameters = [group["params"][index] for index in launch.indices]
@@ -814,7 +878,7 @@ class Sampler(torch.optim.Optimizer):
             self._loaded = matched, [[self._centers.get(n) for n in g["parameter_ids"]] for g in self.param_groups]
             return matched
 
-        for kept in (self._names, self._checked, self._begun):
+        for kept in (self._names, self._checked, self._begun, self._layouts):
             kept.clear()
         hook = self.register_load_state_dict_pre_hook(match)  # after those of others, which may replace the state
         before = [(g["capturable"], g["step_in_backward"], g["lr"]) for g in self.param_groups]
@@ -856,6 +920,7 @@ class Sampler(torch.optim.Optimizer):
                     group.setdefault(name, default)
         empty = {
             "skipped_steps": 0, "_steps": 0, "_names": {}, "_checked": {}, "_flags": {}, "_clocks": {}, "_begun": {},
+            "_layouts": {}, "_entries": [], "_constants": {}, "_in_graphs": [],
             "_centers": {}, "_loaded": None, "_quantiles": None, "_check_order": False, "_told_coarse": False,
             "_next_id": sum(len(group["params"]) for group in self.param_groups),
         }  # fmt: skip
@@ -928,13 +993,6 @@ def _share_noise(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def real_of(theta: Tensor) -> torch.dtype:
     """The type of the arithmetic for a parameter."""
     return torch.float64 if theta.dtype == torch.float64 else torch.float32
-
-
-def _on(device: torch.device, value: float | Tensor) -> Tensor:
-    """A number in float64 on a device, by a fill rather than a copy: a CUDA graph may hold it."""
-    if isinstance(value, Tensor):
-        return value.to(device, torch.float64, non_blocking=True)
-    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def rates_of(group: dict[str, Any]) -> tuple[Tensor, Tensor]:

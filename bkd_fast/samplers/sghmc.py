@@ -46,6 +46,7 @@ class SGHMC(Sampler):
     states = ("momentum_buffer",)
     at_rest = (1.0, 0.0)
     momentum = "momentum_buffer"
+    noise_over_lr = True
     noise_in_gradient = True
 
     def __init__(
@@ -88,8 +89,10 @@ class SGHMC(Sampler):
         dampened = group["dampening"] > 0 and is_cold(group)
         # state that a step at lr = 0 brought into being has taken no step
         none_yet = group["step"] == 0 and not group["capturable"]
-        born = [i for i in launch.indices if none_yet or self.states[0] not in self.state[group["params"][i]]]
-        if not (dampened and born):
+        born: list[int] = []
+        if dampened:
+            born = [i for i in launch.indices if none_yet or self.states[0] not in self.state[group["params"][i]]]
+        if not born:
             super()._move(index, group, launch, collects)
             return
         # torch's first step: b = g

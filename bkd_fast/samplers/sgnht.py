@@ -50,6 +50,7 @@ class SGNHT(Sampler):
     rule = "sgnht"
     states = ("momentum_buffer", "thermostat")
     momentum = "momentum_buffer"
+    noise_over_lr = True
     noise_in_gradient = True
     takes_out_gradient_noise = True
 
@@ -98,8 +99,11 @@ class SGNHT(Sampler):
         gain = -rate * lr * num_data / (2 * temperature)
         if m is math:
             return lr, sigma, gain, rate
-        still = (lr == 0) | (temperature == 0)  # thermostats rest
-        return lr, sigma, torch.where(still, 0.0, gain), torch.where(still, 0.0, torch.full_like(gain, rate))
+        still = lr == 0  # thermostats rest
+        if isinstance(group["temperature"], Tensor):
+            still = still | (temperature == 0)
+        zero = self._on(lr.device, 0.0)
+        return lr, sigma, torch.where(still, zero, gain), torch.where(still, zero, self._on(lr.device, rate))
 
     def _thermostat_of(self, group: dict[str, Any]) -> Tensor:
         """Each chain's mu, float64 (chains,) on the device of the group's first parameter."""

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from family import every_sampler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bkd_fast as bkd
 
@@ -65,6 +67,55 @@ def test_the_other_roundings_too(rounding, backend, recwarn):
         _train(sampler, parameters, range(2))
         runs.append([p.detach() for p in parameters])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# of a step beside its own launch: numbers that follow lr and the step, brought together, and the clock
+SMALL_OPERATIONS = {"SGLD": 8, "SGHMC": 12, "PSGLD": 11, "AdamSGHMC": 23, "SGNHT": 17, "BAOAB": 16}
+
+
+class _Count(TorchDispatchMode):
+    """Operations that a CUDA graph would hold as launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        is_view = any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
+        if not is_view and function.namespace == "aten":
+            self.names.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@every_sampler
+def test_a_step_of_a_graph_carries_few_small_launches(member):
+    """No constant is written anew: only what a replay may find changed is computed."""
+    parameters = _model()
+    sampler = member.chain(parameters, capturable=True)
+    _train(sampler, parameters, range(2))
+    with _Count() as count:
+        sampler.step()
+    assert len(count.names) <= SMALL_OPERATIONS[member.name], count.names
+
+
+def test_a_graph_keeps_the_constants_that_it_reads(monkeypatch):
+    """Replays read them wherever a schedule of the temperature has gone since, and a new one is not kept from a capture."""
+    parameters = _model()
+    sampler = bkd.SGHMC(parameters, 0.1, capturable=True, **SETTINGS)
+    _train(sampler, parameters, range(2))
+    group = sampler.param_groups[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("bkd_fast.samplers.sampler._is_capturing", lambda: True)
+        sampler.step()
+        group["temperature"] = 0.123  # written by the graph itself, into memory of its own
+        sampler.step()
+    held = {float(constant): constant for constant in sampler._in_graphs}
+    assert {0.7, 37.0} <= {*held} and 0.123 not in held
+    memory = held[0.7].data_ptr()
+    for step in range(100):
+        group["temperature"] = 1 + step / 100
+        _train(sampler, parameters, [step])
+    assert len(sampler._constants) <= 64 and held[0.7].data_ptr() == memory and float(held[0.7]) == 0.7
 
 
 def test_schedulers_fill_the_learning_rate_in_place():

@@ -18,22 +18,22 @@ _NAMES = {
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 @implements("langevin_step_", "cpp")
 def langevin_step_(s: LangevinStep) -> None:
     native.langevin_step(
         s.rule,
-        _addresses(s.theta),
-        _addresses(s.gradient),
-        _addresses(s.center),
-        _addresses(s.mean),
-        _addresses(s.m2),
-        _addresses(s.master),
-        _addresses(s.first),
-        _addresses(s.second),
-        [tensor.numel() for tensor in s.theta],
+        s.addresses("theta"),
+        s.addresses("gradient"),
+        s.addresses("center"),
+        s.addresses("mean"),
+        s.addresses("m2"),
+        s.addresses("master"),
+        s.addresses("first"),
+        s.addresses("second"),
+        list(map(Tensor.numel, s.theta)),
         s.first_elements,
         s.parameters,
         _NAMES[s.theta[0].dtype],
