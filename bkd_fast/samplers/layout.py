@@ -123,8 +123,13 @@ class Layout:
         everything = list(map(_grad, params))
         gradient = [g for g in everything if g is not None]
         if self._kept is not None and self._stands(group, everything, gradient):
-            addresses = {"theta": self._addresses, "gradient": tuple(map(Tensor.data_ptr, gradient))}
-            return [replace(self._kept, gradient=gradient, addresses=addresses)]
+            kept, addresses = self._kept, {"theta": self._addresses, "gradient": tuple(map(Tensor.data_ptr, gradient))}
+            return [
+                Launch(  # by hand: `replace` takes as long as all of this
+                    kept.indices, kept.parameters, kept.theta, gradient, kept.first_elements, kept.copies, kept.state,
+                    kept.identity, addresses,
+                )
+            ]  # fmt: skip
         self._kept = None
         found = launches(group)
         if len(found) == 1 and found[0].takes(params, gradient):
