@@ -5,14 +5,15 @@ NHWC for channels_last), of a sharded parameter in the whole one's. A parameter 
 a contiguous copy, in logical order.
 
 Frameworks replace parameters, and gradients move when they are freed, so every step looks at every tensor. What it found is kept
-(`Layout`, `Launch.state`), and the next step only asks whether each is what it was: a few C calls a tensor, where finding out
+(`Layout`, `State`), and the next step only asks whether each is what it was: a few C calls a tensor, where finding out
 takes microseconds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, is_
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -31,9 +32,12 @@ class Launch:
     gradient: list[Tensor] = field(default_factory=list)
     first_elements: list[int] = field(default_factory=list)  # indices in the whole parameters
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, the dense copy that stands for it)
-    state: "State | None" = None  # what a `Layout` keeps with it
     identity: object | None = None  # stands for all of it but the gradients, where it was kept from an earlier step
     addresses: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of theta and gradient, if ordinary tensors
+    seen: "State | None" = None  # where a `Layout` keeps the launch: the sampler's state as the last step found it
+    states: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # the sampler's state by name, where it is as it was seen
 
     def look_up_addresses(self) -> None:
         if set(map(type, [*self.theta, *self.gradient])) <= PLAIN:
@@ -79,27 +83,38 @@ class Launch:
         torch.autograd.graph.increment_version(self.theta)
 
 
-@dataclass
 class State:
-    """What a sampler keeps for each parameter of a launch, in the launch's order."""
+    """What a sampler keeps for each parameter of a launch, as it was seen; held by nobody here, for others may free it."""
 
-    entries: list[dict[str, Any]] = field(default_factory=list)  # the sampler's own, of each parameter
-    lists: dict[str, list[Tensor]] = field(default_factory=dict)  # by name; what was found to fit
-    addresses: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(map(id, parameters))
+        self._tensors: dict[str, list[ref[Tensor]]] = {}
+        self.addresses: dict[str, tuple[int, ...]] = {}
+        self.fits = False  # every parameter, as the sampler found
+        self.prior_means: list[Tensor] | None = None  # the sampler's own
 
     def keep(self, name: str, tensors: list[Tensor]) -> None:
-        self.lists[name], self.addresses[name] = tensors, tuple(map(Tensor.data_ptr, tensors))
+        self._tensors[name], self.addresses[name] = list(map(ref, tensors)), tuple(map(Tensor.data_ptr, tensors))
 
-    def stands(self) -> bool:
-        """Whether the entries hold the tensors that are kept, in the same memory, and nothing else."""
-        return sum(map(len, self.entries)) == len(self.lists) * len(self.entries) and all(
-            all(map(is_, [entry.get(name) for entry in self.entries], tensors))
-            and tuple(map(Tensor.data_ptr, tensors)) == self.addresses[name]
-            for name, tensors in self.lists.items()
-        )
+    def found(self, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Tensor]]:
+        """The tensors that were kept, by name. Unless each is the one that it was, in the same memory, and there are no others:
+        none, and nothing is kept any more.
 
-    def forget(self) -> None:
-        self.entries, self.lists, self.addresses = [], {}, {}
+        Args:
+            entries: the sampler's, by the parameter's `id`.
+        """
+        mine = [entries.get(parameter, {}) for parameter in self._parameters]
+        lists = {}
+        for name, kept in self._tensors.items():
+            lists[name] = [entry.get(name, name) for entry in mine]
+            same = all(map(is_, [tensor() for tensor in kept], lists[name]))
+            if not same or tuple(map(Tensor.data_ptr, lists[name])) != self.addresses[name]:
+                break
+        else:
+            if sum(map(len, mine)) == len(lists) * len(mine):
+                return lists
+        self._tensors, self.addresses, self.fits = {}, {}, False
+        return {}
 
 
 class Layout:
@@ -126,15 +141,15 @@ class Layout:
             kept, addresses = self._kept, {"theta": self._addresses, "gradient": tuple(map(Tensor.data_ptr, gradient))}
             return [
                 Launch(  # by hand: `replace` takes as long as all of this
-                    kept.indices, kept.parameters, kept.theta, gradient, kept.first_elements, kept.copies, kept.state,
-                    kept.identity, addresses,
+                    kept.indices, kept.parameters, kept.theta, gradient, kept.first_elements, kept.copies, kept.identity,
+                    addresses, kept.seen,
                 )
             ]  # fmt: skip
         self._kept = None
         found = launches(group)
         if len(found) == 1 and found[0].takes(params, gradient):
             launch = found[0]
-            launch.state = State()
+            launch.seen = State(launch.theta)
             self._params, self._chains = list(params), group["chains"]
             contiguous = all(map(Tensor.is_contiguous, launch.theta + gradient))
             self._order = Tensor.is_contiguous if contiguous else Tensor.stride  # one is told sooner than the other
@@ -154,11 +169,6 @@ class Layout:
             return False
         addresses = tuple(map(Tensor.data_ptr, theta))
         return addresses == self._addresses and _looks(theta, gradient, self._order) == self._looks
-
-    def forget_state(self) -> None:
-        """Others have replaced entries of the sampler's state."""
-        if self._kept is not None and self._kept.state is not None:
-            self._kept.state.forget()
 
 
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")

@@ -8,7 +8,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_, itemgetter
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -136,7 +136,6 @@ class Sampler(torch.optim.Optimizer):
         self._checked: dict[int, tuple[Any, ...]] = {}
         self._steps = 0  # calls of step()
         self._layouts: dict[int, Layout] = {}  # of groups, by their numbers
-        self._entries: list[dict[str, Any]] = []  # of `state`, as the last step found them
         # flags of what "record" found: (group, device, positions in the group) -> bool (positions,); None for other rules
         self._flags: dict[tuple[int, torch.device, tuple[int, ...]], Tensor | None] = {}
         self._clocks: dict[int, Tensor] = {}  # of capturable groups: the step, int64 () on their device
@@ -238,8 +237,8 @@ class Sampler(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._look_for_new_entries()
-        work = [(index, group, self._launches(index, group)) for index, group in enumerate(self.param_groups)]
+        entries = dict(zip(map(id, self.state), self.state.values(), strict=True))  # a tensor's hash is slow
+        work = [(index, group, self._launches(index, group, entries)) for index, group in enumerate(self.param_groups)]
         for index, group, group_launches in work:
             self._check_changes(index, group)
             for launch in group_launches:
@@ -275,19 +274,15 @@ class Sampler(torch.optim.Optimizer):
             self.check()
         return loss
 
-    def _launches(self, index: int, group: dict[str, Any]) -> list[Launch]:
+    def _launches(self, index: int, group: dict[str, Any], entries: dict[int, dict[str, Any]]) -> list[Launch]:
         layout = self._layouts.get(index)
         if layout is None:
             layout = self._layouts[index] = Layout()
-        return layout.launches(group)
-
-    def _look_for_new_entries(self) -> None:
-        """Let the layouts forget the state where a parameter has another entry than at the last step."""
-        entries = list(self.state.values())
-        if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
-            self._entries = entries
-            for layout in self._layouts.values():
-                layout.forget_state()
+        found = layout.launches(group)
+        for launch in found:
+            if launch.seen is not None:
+                launch.states = launch.seen.found(entries)
+        return found
 
     def _begin(self, index: int, group: dict[str, Any]) -> bool:
         """What comes once for a group in a step, before its first launch. Tells whether the step's result is a counted draw."""
@@ -350,9 +345,9 @@ class Sampler(torch.optim.Optimizer):
             lr, sigma, own = math.nan, 0.0 if cold else math.nan, [math.nan] * (scalars.shape[-1] - 3)
         first, second = (*states, [], [])[:2]
         known = dict(launch.addresses)
-        if launch.state is not None:
+        if launch.seen is not None:
             for argument, name in zip(("first", "second"), self._states_of(group), strict=False):
-                known[argument] = launch.state.addresses[name]
+                known[argument] = launch.seen.addresses[name]
         unchecked_langevin_step_(
             LangevinStep(
                 theta=launch.theta,
@@ -455,10 +450,8 @@ class Sampler(torch.optim.Optimizer):
         """Raise where a parameter is not what its state was made for: kernels trust shapes and devices."""
         if not self.state and not self._centers:
             return
-        if launch.state is not None and launch.state.lists:
-            if launch.state.stands():
-                return
-            launch.state.forget()
+        if launch.seen is not None and launch.seen.fits:
+            return
         for index in launch.indices:
             parameter = group["params"][index]
             shape, device = parameter.shape, parameter.device
@@ -469,6 +462,8 @@ class Sampler(torch.optim.Optimizer):
             center = self._centers.get(group["parameter_ids"][index])
             if center is not None and center.shape != shape:
                 self._refuse(group, index, "prior mean", center)
+        if launch.seen is not None:
+            launch.seen.fits = True
 
     @staticmethod
     def _refuse(group: dict[str, Any], index: int, name: str, tensor: Tensor) -> None:
@@ -805,13 +800,12 @@ class Sampler(torch.optim.Optimizer):
         self, group: dict[str, Any], launch: Launch, key: str, start: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
         """State like the parameters in float32 (float64 for float64), from `start` at first use, in the order of their memory."""
-        if launch.state is not None and key in launch.state.lists:
-            return launch.state.lists[key]
-        tensors, entries = [], []
+        if key in launch.states:
+            return launch.states[key]
+        tensors = []
         for index, theta in zip(launch.indices, launch.theta, strict=True):
             parameter = group["params"][index]
             state = self.state[parameter]
-            entries.append(state)
             if key not in state:
                 state[key] = like(start(theta), parameter)
             # the kernel trusts the dtype, and others may have cast it
@@ -820,12 +814,13 @@ class Sampler(torch.optim.Optimizer):
             if tensor is not mine or (is_sharded(parameter) and not is_sharded(state[key])):
                 state[key] = like(tensor, parameter)
             tensors.append(tensor)
-        if launch.state is not None:
-            launch.state.entries = entries
-            launch.state.keep(key, tensors)
+        if launch.seen is not None:
+            launch.seen.keep(key, tensors)
         return tensors
 
     def _prior_means_of(self, group: dict[str, Any], launch: Launch) -> list[Tensor]:
+        if launch.seen is not None and launch.seen.prior_means is not None:
+            return launch.seen.prior_means
         numbers = launch.parameters
         if numbers[0] not in self._centers:  # a group has all of them or none
             return []
@@ -833,6 +828,8 @@ class Sampler(torch.optim.Optimizer):
         parts = [part_of(self._centers[n], p) for n, p in zip(numbers, parameters, strict=True)]
         means = [in_order_of(part.to(theta), theta) for part, theta in zip(parts, launch.theta, strict=True)]
         self._centers.update((n, like(mean, p)) for n, mean, p in zip(numbers, means, parameters, strict=True))
+        if launch.seen is not None:
+            launch.seen.prior_means = means
         return means
 
     # ---- state ----
@@ -920,7 +917,7 @@ class Sampler(torch.optim.Optimizer):
                     group.setdefault(name, default)
         empty = {
             "skipped_steps": 0, "_steps": 0, "_names": {}, "_checked": {}, "_flags": {}, "_clocks": {}, "_begun": {},
-            "_layouts": {}, "_entries": [], "_constants": {}, "_in_graphs": [],
+            "_layouts": {}, "_constants": {}, "_in_graphs": [],
             "_centers": {}, "_loaded": None, "_quantiles": None, "_check_order": False, "_told_coarse": False,
             "_next_id": sum(len(group["params"]) for group in self.param_groups),
         }  # fmt: skip

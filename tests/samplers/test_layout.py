@@ -99,17 +99,22 @@ CHANGES = [
 
 @pytest.mark.filterwarnings("ignore:.*its noise is drawn in another order")
 @every_sampler
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
-def test_a_change_between_steps_is_noticed(member, change):
+@pytest.mark.parametrize(
+    ("change", "centered"),
+    [(c, centered) for c in CHANGES for centered in (False, True) if (c, centered) != (_shorter_in_place, True)],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else "centered" if value else "",
+)
+def test_a_change_between_steps_is_noticed(member, change, centered):
+    options = {"prior_mean": [_normal(shape, 50 + i) for i, shape in enumerate(SHAPES)]} if centered else {}
     runs = []
     for keeps in (True, False):
         parameters = _parameters()
-        sampler = member.chain(parameters)
+        sampler = member.chain(parameters, **options)
         for step in range(4):
             _set_gradients(parameters, step)
             sampler.step()
         if not keeps:
-            fresh = member.chain(parameters, seed=99)
+            fresh = member.chain(parameters, seed=99, **options)
             fresh.load_state_dict(sampler.state_dict())
             sampler = fresh
         change(sampler, parameters)
@@ -118,6 +123,22 @@ def test_a_change_between_steps_is_noticed(member, change):
             sampler.step()
         runs.append([p.detach() for p in parameters])
     assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@every_sampler
+def test_a_prior_mean_that_does_not_fit_any_more_is_refused(member):
+    parameters = _parameters()
+    sampler = member.chain(parameters, prior_mean=[torch.ones(shape) for shape in SHAPES])
+    for step in range(4):
+        _set_gradients(parameters, step)
+        sampler.step()
+    _shorter_in_place(sampler, parameters)
+    _set_gradients(parameters, 4)
+    before = [p.detach().clone() for p in parameters]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"its prior mean \(300,\)"):
+            sampler.step()
+    assert all(map(torch.equal, parameters, before))
 
 
 @every_sampler
@@ -184,8 +205,9 @@ def test_a_state_that_does_not_fit_any_more_is_refused(member, key):
     sampler.track_moments(start=4)
     sampler.state[parameters[3]][member.make.states[0] if key == "own" else key] = torch.zeros(5)
     before = [p.detach().clone() for p in parameters]
-    with pytest.raises(ValueError, match=r"a parameter must keep its shape, device and placements"):
-        sampler.step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a parameter must keep its shape, device and placements"):
+            sampler.step()
     assert all(map(torch.equal, parameters, before))
 
 
@@ -219,6 +241,26 @@ def test_gradients_are_not_held(member):
         sampler.step()
     sampler.zero_grad(set_to_none=True)
     assert not any(ref() is not None for ref in gradients)
+
+
+@every_sampler
+@pytest.mark.parametrize("how", ["replaced", "cleared"])
+def test_the_state_is_not_held(member, how):
+    """Moved away between steps, as loops do that need the device's memory for something else, it is gone there."""
+    parameters = _parameters()
+    sampler = member.chain(parameters)
+    for step in range(4):
+        _set_gradients(parameters, step)
+        sampler.step()
+    tensors = [weakref.ref(tensor) for entry in sampler.state.values() for tensor in entry.values()]
+    assert len(tensors) == len(member.make.states) * len(parameters)
+    if how == "cleared":
+        sampler.state.clear()
+    for entry in sampler.state.values():
+        for key, value in entry.items():
+            entry[key] = value.clone()
+        del value
+    assert not any(tensor() is not None for tensor in tensors)
 
 
 # ---- what stands for the tensors of a launch where tables of their addresses are kept ----
