@@ -131,7 +131,8 @@ class QuantileSketch:
         scaled = values.detach().to(self.device, torch.float64).sub(self._center).div_(self._resolution)
         scaled = scaled.reshape(len(values), self.shape.numel(), 1)
         missing = scaled[..., 0].isnan()
-        valid = ~missing if bool(missing.any()) else None
+        # a CPU looks, and spares the operation an argument; a GPU would have to be waited for
+        valid = ~missing if scaled.is_cuda or bool(missing.any()) else None
         codes = scaled.nan_to_num_(0, torch.inf, -torch.inf).round_().clamp_(CODE_MIN, CODE_MAX).to(torch.int16)
         sketch_update_(self._tiles, codes, valid)
         self._most += len(values)

@@ -10,14 +10,15 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from cupy.cuda import ExternalStream, Function, Module, driver, nvrtc
+from cupy.cuda import Function, Module, driver, nvrtc
 
 from bkd_fast.errors import KernelError
 
@@ -120,6 +121,35 @@ def _load(source: str, instance: str, device: int, shared: int) -> Function:
     return function
 
 
+class _Stream(NamedTuple):
+    """What CuPy asks of a stream; its own wrapper of another library's is deprecated, and takes longer than a launch."""
+
+    ptr: int
+
+
+@contextmanager
+def launching(device: torch.device) -> Iterator[Callable[..., None]]:
+    """Gives a `launch` that needs no device, for many launches: device and current stream are looked up once.
+
+    Args:
+        device: where their tensors are.
+    """
+    with torch.cuda.device(device):
+        number, stream = torch.cuda.current_device(), _Stream(torch.cuda.current_stream().cuda_stream)
+
+        def launch_there(
+            source: str,
+            instance: str,
+            grid: tuple[int, ...],
+            block: tuple[int, ...],
+            arguments: Sequence[Any],
+            shared: int = 0,
+        ) -> None:
+            _load(source, instance, number, shared)(grid, block, arguments, shared_mem=shared, stream=stream)
+
+        yield launch_there
+
+
 def launch(
     source: str,
     instance: str,
@@ -141,7 +171,5 @@ def launch(
     Raises:
         KernelError: it does not compile, or its first launch is inside a capture.
     """
-    with torch.cuda.device(device):
-        function = _load(source, instance, torch.cuda.current_device(), shared)
-        stream = ExternalStream(torch.cuda.current_stream().cuda_stream)
-        function(grid, block, arguments, shared_mem=shared, stream=stream)
+    with launching(device) as launch_there:
+        launch_there(source, instance, grid, block, arguments, shared)

@@ -22,7 +22,6 @@ from bkd_fast.kernels.kd_row import (
     INFINITY,
     LN2,
     MIXTURE,
-    NAN,
     NONE,
     PRIORS,
     SOFT,
@@ -326,7 +325,7 @@ def mixture(logits, teacher, labels, soft, weights, gradient, energy, rows, bloc
     chances = tl.exp(scores - top)
     chance = tl.sum(chances, 1, keep_dims=True)
     e += (tl.log(tl.sum(shares, 1, keep_dims=True)) - top - tl.log(chance)).to(REAL)
-    e = tl.where(good, e, NAN)
+    e = tl.where(good, e, float("nan"))
     tl.store(energy + at + tl.arange(0, 1)[None, :], e)
 
     parts = (chances / chance).to(REAL) * factor

@@ -39,7 +39,6 @@ SOFT: tl.constexpr = tl.constexpr(2)
 SIGNED: tl.constexpr = tl.constexpr(3)  # soft, and maybe negative
 
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
-NAN: tl.constexpr = tl.constexpr(float("nan"))
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -113,7 +112,7 @@ def lowest(REAL: tl.constexpr):
 @triton.jit
 def nan_unless(good):
     """0, or NaN where a row is not good."""
-    return tl.where(good, 0.0, NAN)
+    return tl.where(good, 0.0, float("nan"))
 
 
 @triton.jit
@@ -362,7 +361,7 @@ def finish_rows(total, label, x_label, out_of_range, s, PRIOR: tl.constexpr, PRO
     if LABELS:
         label_energy, plain, even, peak = _label(total, label, x_label, s, LABELS, SMOOTHED)
         energy += label_energy
-        energy = tl.where(out_of_range, NAN, energy)
+        energy = tl.where(out_of_range, float("nan"), energy)
         if _merged(PRIOR, POWER):
             student += plain
     return energy, Coefficients(student, plain, teacher, mean, even, peak)

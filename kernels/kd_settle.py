@@ -18,7 +18,6 @@ from bkd_fast.kernels.half import narrow
 from bkd_fast.kernels.kd_row import (
     HARD,
     INFINITY,
-    NAN,
     NONE,
     SIGNED,
     SOFT,
@@ -160,7 +159,7 @@ def _settle_row(logits, teacher, labels, soft, indices, rest, weights, gradient,
                      TEACHERS, PRIOR, TOP, PROBS, LABELS, WEIGHTED, BLOCK)  # fmt: skip
     if code != 0:
         tl.atomic_max(register, fault_word(stamp, chain, row, code))
-        tl.store(energy + at, NAN)
+        tl.store(energy + at, float("nan"))
         lane = tl.arange(0, BLOCK)
         zero = tl.zeros((BLOCK,), g_base.dtype.element_ty)
         for start in range(0, CLASSES, BLOCK):

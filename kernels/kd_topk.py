@@ -20,7 +20,6 @@ from bkd_fast.kernels.kd_row import (
     DIRICHLET,
     INFINITY,
     LOG2E,
-    NAN,
     SOFT,
     Sums,
     any_of,
@@ -47,7 +46,7 @@ def _read_named(z_base, t_base, i_base, y_base, slot, inside, REAL: tl.constexpr
     column = tl.load(i_base + slot, mask=here, other=0)
     is_class = (column >= 0) & (column < CLASSES)
     t = tl.load(t_base + slot, mask=here, other=-INFINITY).to(REAL)
-    t = tl.where(is_class, t, NAN)
+    t = tl.where(is_class, t, float("nan"))
     here = here & is_class
     z = tl.load(z_base + column, mask=here, other=-INFINITY).to(REAL)
     y = z

@@ -37,6 +37,10 @@ _ENTROPY = tl.constexpr(5)  # NaN where the row is invalid
 _FIELDS = tl.constexpr(8)
 
 
+# a last batch, or one more draw, is no reason to compile anew
+_for_any_number_of_rows = triton.jit(do_not_specialize=["draws", "size", "num_rows", "search", "picks"])
+
+
 @triton.jit
 def _exp_nonpositive(x):
     """exp(x), and x not below -87; NaN stays NaN (csrc/explog.h)."""
@@ -74,7 +78,7 @@ def _log_positive(x):
     return tl.fma(k, _LN2_HIGH, f + y)
 
 
-@triton.jit
+@_for_any_number_of_rows
 def measure_rows(logits, draw_stride, batch, statistics, size, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (blocks of ROWS rows, draws). Two reads of the logits, the second from the cache."""
     draw = tl.program_id(1)
@@ -160,7 +164,7 @@ def _divergence_term(p, log_p, reference, inverse_reference, log_reference):
     return tl.where(square < _SERIES_RADIUS * _SERIES_RADIUS, square * tl.fma(odd, x, even), plain)
 
 
-@triton.jit
+@_for_any_number_of_rows
 def pick_codes(
     logits,
     draw_stride,
@@ -266,7 +270,7 @@ def _store_counters(column, held, changed, LOG2_BINS: tl.constexpr):
     tl.store(column[None, :] + slots[:, None] * TILE_CELLS, held.to(tl.uint16), mask=changed[None, :])
 
 
-@triton.jit
+@_for_any_number_of_rows
 def update_tiles(
     logits, draw_stride, draws, rows, batch, size, statistics, divergences, counters, minimum, maximum, mean, m2, reference,
     counts, num_rows, classes, search, LOG2_BINS: tl.constexpr, HISTOGRAM: tl.constexpr,
@@ -343,7 +347,7 @@ def update_tiles(
         tl.store(divergences + place * classes + c, divergence * r, mask=here)
 
 
-@triton.jit
+@_for_any_number_of_rows
 def update_sketch(
     codes, valid, draws, rows, size, counters, minimum, maximum, counts, num_rows, row_cells, search, LOG2_BINS: tl.constexpr,
 ):  # fmt: skip
@@ -385,7 +389,7 @@ def update_sketch(
         _store_counters(column, held, changed, LOG2_BINS)
 
 
-@triton.jit
+@_for_any_number_of_rows
 def finish_rows(
     draws, rows, size, statistics, divergences, counts, invalid, entropy, divergence, num_rows, classes, DRAWS: tl.constexpr,
     BLOCK: tl.constexpr,

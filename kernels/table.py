@@ -106,12 +106,16 @@ def table_of(
 
     others = [addresses_of(name) for name in COLUMNS[1:]]
     sizes = [tensors[0].itemsize if tensors else 0 for tensors in columns.values()]
-    what = identity or (
-        device, addresses_of("theta"), tuple(map(Tensor.numel, theta)), tuple(parameters), tuple(first_elements), chains
-    )  # fmt: skip
-    key = (what, *others, *sizes)
+
+    def in_full() -> tuple[object, ...]:
+        counts = tuple(map(Tensor.numel, theta))
+        return device, addresses_of("theta"), counts, tuple(parameters), tuple(first_elements), chains
+
+    key = (identity or in_full(), *others, *sizes)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.pop(key, None)
+    if table is None and identity is not None:  # a caller's first call had no identity yet
+        table = _tables.get((in_full(), *others, *sizes))
     if table is None:
         counts = tuple(map(Tensor.numel, theta))
         packed, size = _pack([addresses_of("theta"), *others], counts, parameters, first_elements, sizes, chains)
@@ -225,6 +229,6 @@ def _lay_by(entries: int, device: torch.device) -> None:
     if arena is None or arena.host.numel() - arena.used < entries:
         entries = max(entries, ARENA)
         _arenas[device] = _Arena(
-            torch.empty(entries, dtype=torch.int64, pin_memory=True),
+            torch.empty(entries, dtype=torch.int64, device="cpu", pin_memory=True),  # whatever the default device is
             torch.empty(entries, dtype=torch.int64, device=device),
         )

@@ -9,7 +9,11 @@ import torch
 
 Run = Callable[[int], object]
 
-LEAST_SECONDS = 1e-3  # of one reading: below it, events' resolution and the launch gap show
+LEAST_SECONDS = 1e-3  # of one reading: below it, events' resolution shows
+LEAST_LOOPS = 3
+BUSY_CYCLES = (
+    2_000_000  # a millisecond in which the host gets ahead, so that its gap before a first launch is not the device's
+)
 
 
 @dataclass
@@ -95,7 +99,7 @@ def _loops(run: Run, sets: int, device: torch.device) -> int:
     run(0)
     synchronize(device)
     once = time.perf_counter() - start
-    return max(sets, min(1000, int(LEAST_SECONDS / max(once, 1e-7))))
+    return max(sets, LEAST_LOOPS, min(1000, int(LEAST_SECONDS / max(once, 1e-7))))
 
 
 def _time(run: Run, loops: int, sets: int, turn: int, device: torch.device) -> tuple[float, float]:
@@ -108,6 +112,7 @@ def _time(run: Run, loops: int, sets: int, turn: int, device: torch.device) -> t
         return elapsed / loops, elapsed / loops
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    torch.cuda._sleep(BUSY_CYCLES)
     before.record()
     start = time.perf_counter()
     for i in range(loops):

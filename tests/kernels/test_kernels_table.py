@@ -93,12 +93,14 @@ def test_a_table_is_kept_until_something_moves():
 def test_an_identity_stands_for_theta_and_what_is_said_of_it():
     theta, gradient, identity = _filled(10, 20), _filled(10, 20), object()
     arguments = {"parameters": [5, 6], "first_elements": [0, 4], "identity": identity}
-    table = table_of(theta, gradient, **arguments)
+    table = table_of(theta, gradient, **{**arguments, "identity": None})
+    assert table_of(theta, gradient, **arguments) is table  # built before anybody could vouch for its return
     assert table.rows[:, [0, 1, 8, 9]].tolist() == [
         [t.data_ptr(), g.data_ptr(), t.numel(), first] for t, g, first in zip(theta, gradient, (0, 4), strict=True)
     ]
     assert table_of(theta, gradient, **arguments) is table
-    assert table_of(theta, gradient, **{**arguments, "identity": object()}) is not table
+    other = {"parameters": [5, 7], "first_elements": [0, 4], "identity": object()}
+    assert table_of(theta, gradient, **other).labels[:, 0].tolist() == [5, 7]
     moved = [gradient[0], torch.zeros(20)]
     assert table_of(theta, moved, **arguments).rows[1, 1] == moved[1].data_ptr()
     wide = [torch.zeros(10, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)]

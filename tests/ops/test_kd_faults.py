@@ -7,6 +7,7 @@ import torch
 
 from bkd_fast.errors import NonFiniteError
 from bkd_fast.ops import use_backend
+from bkd_fast.ops.faults import Register
 from bkd_fast.ops.kd import PRIORS, kd_energy
 from bkd_fast.ops.topk import TopKLogits
 
@@ -279,3 +280,12 @@ def test_a_negative_strength_is_for_the_reverse_kl_alone(backend, prior):
         prior=prior,
         prior_strength=-1.0,
     )
+
+
+def test_a_register_outlives_the_inference_that_it_was_made_in():
+    """A device's first KD energy may be an evaluation; what a later one finds is told, and forgotten, outside."""
+    with torch.inference_mode():
+        register = Register(torch.device("cpu"))
+    register.word.fill_(1)  # the first kind of fault, of some call
+    assert isinstance(register.take(), ValueError)
+    assert register.take() is None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bkd_fast.kernels.cuda import launch
+from bkd_fast.kernels.cuda import launching
 from bkd_fast.ops.predictive import PredictiveState
 from bkd_fast.ops.registry import implements
 from bkd_fast.ops.sketch import TILE_CELLS
@@ -50,39 +50,40 @@ def predictive_update_(
     tiles = state.tiles
     bins = tiles.counters.shape[1] if len(tiles.counters) else 1
     picks = picked.shape[1]
-    for begin in range(0, size, at_once):
-        end = min(begin + at_once, size)
-        threads = int(draws) * (end - begin) * (1 if classes <= _SHORT_ROW else _SUM_LANES)
-        launch(
-            _SOURCE, measure_instance_of(int(classes)), (-(-threads // _THREADS),), (_THREADS,),
-            (logits.data_ptr(), logits.stride(0), draws, batch.data_ptr(), begin, end - begin, classes, statistics.data_ptr()),
-            device,
-        )  # fmt: skip
-        launch(
-            _SOURCE, update_instance_of(int(classes), bins), ((end - begin) * tiles_per_row,), (_WARP,),
-            (
-                logits.data_ptr(), logits.stride(0), draws, rows.data_ptr(), batch.data_ptr(), begin, end,
-                statistics.data_ptr(), sums.data_ptr(), tiles.counters.data_ptr(), tiles.minimum.data_ptr(),
-                tiles.maximum.data_ptr(), state.mean.data_ptr(), state.m2.data_ptr(), state.reference.data_ptr(),
-                tiles.counts.data_ptr(), num_rows, classes,
-            ),
-            device,
-        )  # fmt: skip
-        if picks:
+    measure, update = measure_instance_of(int(classes)), update_instance_of(int(classes), bins)
+    with launching(device) as launch:
+        for begin in range(0, size, at_once):
+            end = min(begin + at_once, size)
+            threads = int(draws) * (end - begin) * (1 if classes <= _SHORT_ROW else _SUM_LANES)
             launch(
-                _SOURCE, "bkd::pick_codes", (-(-int(draws) * (end - begin) * picks // _THREADS),), (_THREADS,),
+                _SOURCE, measure, (-(-threads // _THREADS),), (_THREADS,),
                 (
-                    logits.data_ptr(), logits.stride(0), draws, rows.data_ptr(), batch.data_ptr(), begin, end, size,
-                    statistics.data_ptr(), picked.data_ptr(), np.int32(picks), codes.data_ptr(), valid.data_ptr(), num_rows,
-                    classes,
+                    logits.data_ptr(), logits.stride(0), draws, batch.data_ptr(), begin, end - begin, classes,
+                    statistics.data_ptr(),
                 ),
-                device,
             )  # fmt: skip
-        launch(
-            _SOURCE, "bkd::finish_rows", (-(-(end - begin) // _THREADS),), (_THREADS,),
-            (
-                draws, rows.data_ptr(), begin, end, statistics.data_ptr(), sums.data_ptr(), tiles.counts.data_ptr(),
-                state.invalid.data_ptr(), state.entropy.data_ptr(), state.divergence.data_ptr(), num_rows, classes,
-            ),
-            device,
-        )  # fmt: skip
+            launch(
+                _SOURCE, update, ((end - begin) * tiles_per_row,), (_WARP,),
+                (
+                    logits.data_ptr(), logits.stride(0), draws, rows.data_ptr(), batch.data_ptr(), begin, end,
+                    statistics.data_ptr(), sums.data_ptr(), tiles.counters.data_ptr(), tiles.minimum.data_ptr(),
+                    tiles.maximum.data_ptr(), state.mean.data_ptr(), state.m2.data_ptr(), state.reference.data_ptr(),
+                    tiles.counts.data_ptr(), num_rows, classes,
+                ),
+            )  # fmt: skip
+            if picks:
+                launch(
+                    _SOURCE, "bkd::pick_codes", (-(-int(draws) * (end - begin) * picks // _THREADS),), (_THREADS,),
+                    (
+                        logits.data_ptr(), logits.stride(0), draws, rows.data_ptr(), batch.data_ptr(), begin, end, size,
+                        statistics.data_ptr(), picked.data_ptr(), np.int32(picks), codes.data_ptr(), valid.data_ptr(), num_rows,
+                        classes,
+                    ),
+                )  # fmt: skip
+            launch(
+                _SOURCE, "bkd::finish_rows", (-(-(end - begin) // _THREADS),), (_THREADS,),
+                (
+                    draws, rows.data_ptr(), begin, end, statistics.data_ptr(), sums.data_ptr(), tiles.counts.data_ptr(),
+                    state.invalid.data_ptr(), state.entropy.data_ptr(), state.divergence.data_ptr(), num_rows, classes,
+                ),
+            )  # fmt: skip
