@@ -34,7 +34,6 @@ from bkd_fast.kernels.kd_row import (
     log_teacher,
     lowest,
     number_of,
-    on_device_of,
     read_labels,
     read_tiles,
     settings_of,
@@ -49,6 +48,7 @@ from bkd_fast.kernels.kd_row import (
 )
 from bkd_fast.kernels.kd_settle import settle
 from bkd_fast.kernels.kd_topk import add_teacher, read_rest, store_named, top_of_teacher
+from bkd_fast.kernels.launching import on_device_of
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "ignore_index", "strength", "inverse_temperature", "label_weight",

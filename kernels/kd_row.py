@@ -16,10 +16,8 @@ every input is in some sum, and what is not finite in it stays so. kd_settle.py 
 """
 
 import struct
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -509,9 +507,4 @@ def kind_of_labels(labels: Tensor | None, soft: Tensor | None, signed: bool) -> 
 
 def number_of(value: float, double: bool) -> float | int:
     """A setting as `real_of` expects it."""
-    return int(struct.unpack("<q", struct.pack("<d", value))[0]) if double else value
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return int(struct.unpack("<q", struct.pack("<d", value))[0]) if double else float(value)

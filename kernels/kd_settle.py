@@ -26,7 +26,6 @@ from bkd_fast.kernels.kd_row import (
     log_teacher,
     lowest,
     number_of,
-    on_device_of,
     read_labels,
     real_of,
     settings_of,
@@ -34,6 +33,7 @@ from bkd_fast.kernels.kd_row import (
     teacher_row,
 )
 from bkd_fast.kernels.kd_topk import faults_of_top, read_rest
+from bkd_fast.kernels.launching import on_device_of
 
 # the codes that are looked for before 1, 2, ...
 TARGET_OUT_OF_RANGE: tl.constexpr = tl.constexpr(9)

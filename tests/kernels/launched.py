@@ -8,12 +8,17 @@ one process. Prints the names of the kernels that it launched.
 import dataclasses
 import warnings
 
+import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import bkd_fast as bkd
 import bkd_fast.kernels.predictive as kernels
+from bkd_fast.errors import KernelError
+from bkd_fast.kernels.launching import on_device_of
 from bkd_fast.ops import registry
 
 launched: dict[str, int] = {}
@@ -106,6 +111,30 @@ def head():
         sampler.step(torch.zeros(rows, 64), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 10))
 
 
+@triton.jit
+def _broken(x):
+    tl.store(x, no_such_name)  # noqa: F821
+
+
+@triton.jit
+def _asserting(x):
+    tl.static_assert(False, "not today")
+
+
+def refused():
+    """A kernel that Triton does not compile is named, and the error says what Triton says; other errors stay what they are."""
+    x = torch.zeros(1)
+    for kernel, message in ((_broken, "no_such_name is not defined"), (_asserting, "not today")):
+        name = kernel.__name__
+        with (
+            pytest.raises(KernelError, match=rf"the Triton kernel {name} was not compiled for cpu: (?s:.*){message}"),
+            on_device_of(x),
+        ):
+            kernel[(1,)](x)
+    with pytest.raises(TypeError, match="missing 1 required"), on_device_of(x):
+        _broken[(1,)]()
+
+
 if __name__ == "__main__":
     warnings.simplefilter(
         "ignore", bkd.BKDFastWarning
@@ -115,6 +144,6 @@ if __name__ == "__main__":
     registry.add_backend(backend)
     torch.set_grad_enabled(True)
     with bkd.use_backend("triton"):
-        for run in (noise, langevin, kd, predictive, head):
+        for run in (noise, langevin, kd, predictive, head, refused):
             run()
     print(*sorted(launched))

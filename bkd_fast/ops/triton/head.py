@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.kernels import head
+from bkd_fast.kernels.launching import on_device_of
 from bkd_fast.ops.faults import Form, Inputs, register_of
 from bkd_fast.ops.head import HeadStep, logits_of
 from bkd_fast.ops.registry import implements
@@ -18,7 +19,7 @@ def head_step_(s: HeadStep) -> tuple[Tensor, Tensor]:
     teacher = None if s.teacher is None else s.teacher.contiguous()
     register = register_of(x.device)
     stamp = register.begin(Form(), Inputs(logits, s.target, s.teacher, ignore_index=s.ignore_index))
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         energy, nonfinite = head.head_step_(
             logits, s.weight, s.bias, x, target, teacher, register.word, stamp,
             prior_strength=s.prior_strength, temperature=s.temperature, label_weight=s.label_weight,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.kernels import langevin
+from bkd_fast.kernels.launching import on_device_of
 from bkd_fast.kernels.table import table_of
 from bkd_fast.ops.langevin import LangevinStep
 from bkd_fast.ops.registry import implements
@@ -12,7 +13,7 @@ from bkd_fast.ops.rules import RULES
 
 @implements("langevin_step_", "triton")
 def langevin_step_(s: LangevinStep) -> None:
-    with torch.cuda.device_of(s.theta[0]):
+    with on_device_of(s.theta[0]):
         langevin.langevin_step_(
             table_of(**s.in_table()),
             s.theta[0].dtype,
@@ -39,6 +40,6 @@ def langevin_step_(s: LangevinStep) -> None:
 @implements("find_nonfinite", "triton")
 def find_nonfinite(tensors: list[Tensor]) -> Tensor:
     found = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
-    with torch.cuda.device_of(tensors[0]):
+    with on_device_of(tensors[0]):
         langevin.find_nonfinite(table_of(tensors), tensors[0].dtype, found)
     return found

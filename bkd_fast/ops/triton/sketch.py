@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bkd_fast.kernels import predictive
+from bkd_fast.kernels.launching import on_device_of
 from bkd_fast.ops.registry import backends, find, implements, use_backend
 from bkd_fast.ops.sketch import Tiles, tiles_on
 
@@ -25,7 +26,7 @@ def _on_cpu(operation: str) -> Callable[..., Any]:
 
 @implements("sketch_update_", "triton")
 def sketch_update_(tiles: Tiles, codes: Tensor, valid: Tensor | None, rows: Tensor) -> None:
-    with torch.cuda.device_of(codes):
+    with on_device_of(codes):
         predictive.sketch_update_(codes, valid, rows, *tiles)
 
 
