@@ -92,8 +92,10 @@ bench-peers: $(PEERS)/.built  ## one problem, every peer's SGLD and ours, in one
 GPU_PYTHON ?= python3
 gpu:  ## on a machine with a GPU: the kernels against the CPU, then every GPU figure with its baselines
 	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m pytest tests/gpu
-	@if command -v compute-sanitizer > /dev/null; then compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) tests/gpu/sanitize.py; \
+	@# most of its time is Triton's compiler's, one kernel and core at a time
+	$(GPU_PYTHON) -m pytest tests/gpu $$($(GPU_PYTHON) -c "import xdist; print('-n 8')" 2> /dev/null)
+	@if command -v compute-sanitizer > /dev/null; then \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) tests/gpu/sanitize.py; \
 	else echo "compute-sanitizer is not installed: memory checks left out"; fi
 	$(GPU_PYTHON) -m benchmarks.gpu
 
