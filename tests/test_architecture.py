@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,11 @@ def test_everything_public_is_documented():
 
     for name in bkd_fast.__all__:
         assert getattr(bkd_fast, name).__doc__, name
+
+
+def test_a_wheel_has_every_package():
+    """An editable installation finds what the list of packages lacks; a wheel does not."""
+    configuration = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    folders = {path.parent for path in PACKAGE.rglob("*.py") if KERNELS.name not in path.relative_to(PACKAGE).parts}
+    found = {".".join(folder.relative_to(PACKAGE.parent).parts) for folder in folders}
+    assert {*configuration["tool"]["setuptools"]["packages"]} == found | {"bkd_fast.kernels", "bkd_fast.csrc"}

@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the suite")
     parser.add_argument("--suite", action="append", choices=SUITES, help="only these; may be repeated")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per case, beyond three turns")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case, beyond three turns")
     parser.add_argument("--turns", type=int, default=15, help="at most, per case")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the two files go")
