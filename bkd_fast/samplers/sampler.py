@@ -20,6 +20,7 @@ from bkd_fast.ops.langevin import DTYPES, LangevinStep, find_nonfinite, is_dense
 from bkd_fast.ops.noise import Tag, check_field, normal_
 from bkd_fast.ops.registry import find
 from bkd_fast.ops.rounding import TABLE_SIZES, noise_table, spacing
+from bkd_fast.samplers.constants import DeviceConstants, is_capturing
 from bkd_fast.samplers.layout import Launch, Layout, in_order_of, launches, name_of
 from bkd_fast.samplers.quantiles import ParameterQuantiles, places_of
 from bkd_fast.samplers.settings import (
@@ -37,7 +38,6 @@ from bkd_fast.sharding import first_element, is_sharded, like, local, on_any, pa
 from bkd_fast.sketch import QuantileSketch
 
 CHECK_EVERY = 1000  # steps between calls of check()
-CONSTANTS_KEPT = 64  # numbers on devices: a few for each group, and a temperature that anneals
 COARSE_DRAWS = 100  # draws from which moments tell a posterior's standard deviation to some 10 %
 COARSE_SHARE = 0.01  # of the elements, that may be spaced by more than a quarter of it
 # keys of a group that `_check_settings` does not look at
@@ -139,8 +139,7 @@ class Sampler(torch.optim.Optimizer):
         # flags of what "record" found: (group, device, positions in the group) -> bool (positions,); None for other rules
         self._flags: dict[tuple[int, torch.device, tuple[int, ...]], Tensor | None] = {}
         self._clocks: dict[int, Tensor] = {}  # of capturable groups: the step, int64 () on their device
-        self._constants: dict[tuple[torch.device, float], Tensor] = {}  # numbers on devices
-        self._in_graphs: list[Tensor] = []  # those that a graph may read at any later time
+        self._constants = DeviceConstants()
         self._begun: dict[int, _Begun] = {}  # of groups that step in backward: what the running step has done
         self._centers: dict[int, Tensor] = {}  # prior means by the parameter's number, which survives its replacement
         # the state being loaded, as it was saved, and the prior means before
@@ -245,7 +244,7 @@ class Sampler(torch.optim.Optimizer):
                 find("langevin_step_", launch.theta[0].device)  # or there is no backend, and nothing moves
                 launch.check_memory(group)
                 self._check_fit(group, launch)
-        capturing = _is_capturing()
+        capturing = is_capturing()
         if capturing:
             self._check_capture(work)
         if self._check_order:
@@ -400,7 +399,9 @@ class Sampler(torch.optim.Optimizer):
         Where lr is 0 there is no noise: a momentum's would be infinite.
         """
         device = theta.device
-        lr, temperature, num_data = (self._on(device, group[name]) for name in ("lr", "temperature", "num_data"))
+        lr, temperature, num_data = (
+            self._constants.on(device, group[name]) for name in ("lr", "temperature", "num_data")
+        )
         step = group["step"] if clock is None else clock.to(device)
         rate, sigma, *own = self._numbers(group, lr, temperature, num_data, step, torch)
         if self.noise_over_lr or self.at_rest:
@@ -410,30 +411,15 @@ class Sampler(torch.optim.Optimizer):
                 *zip(own, self.at_rest or [None] * len(own), strict=True),
             ]
             sigma, *own = (
-                number if resting is None else torch.where(still, self._on(device, resting), self._on(device, number))
+                number
+                if resting is None
+                else torch.where(still, self._constants.on(device, resting), self._constants.on(device, number))
                 for number, resting in numbers
             )
         # what multiplies by 1 is left out: under a graph each operation is a launch
         columns = [rate if sign > 0 else -rate, sign * decay, sigma if noise_sign > 0 else 0.0 - sigma, *own]
-        rows = torch.broadcast_tensors(*(self._on(device, x) for x in columns))  # type: ignore[no-untyped-call]
+        rows = torch.broadcast_tensors(*(self._constants.on(device, x) for x in columns))  # type: ignore[no-untyped-call]
         return torch.stack(rows, dim=-1).to(real_of(theta)), sigma
-
-    def _on(self, device: torch.device, value: float | Tensor) -> Tensor:
-        """A number in float64 on a device. Those of before a capture are kept: a fill would be one more launch of a replay."""
-        if isinstance(value, Tensor):
-            return value.to(device, torch.float64, non_blocking=True)
-        key = device, float(value)
-        constant = self._constants.get(key)
-        if constant is None:
-            constant = torch.full((), value, dtype=torch.float64, device=device)
-            if _is_capturing():  # it lives in the graph's memory, and is written by every replay
-                return constant
-            if len(self._constants) == CONSTANTS_KEPT:
-                del self._constants[next(iter(self._constants))]
-            self._constants[key] = constant
-        if _is_capturing():
-            self._in_graphs.append(constant)
-        return constant
 
     def _check_changes(self, index: int, group: dict[str, Any]) -> None:
         """`_check_settings`, once for the same settings: schedules and users may assign any at any time."""
@@ -506,7 +492,7 @@ class Sampler(torch.optim.Optimizer):
                 "step at every backward pass"
             )
         group_launches = launches(group, [position])
-        if _is_capturing():
+        if is_capturing():
             self._check_capture([(index, group, group_launches)])
         if begun is None:
             self._check_changes(index, group)
@@ -917,7 +903,7 @@ class Sampler(torch.optim.Optimizer):
                     group.setdefault(name, default)
         empty = {
             "skipped_steps": 0, "_steps": 0, "_names": {}, "_checked": {}, "_flags": {}, "_clocks": {}, "_begun": {},
-            "_layouts": {}, "_constants": {}, "_in_graphs": [],
+            "_layouts": {}, "_constants": DeviceConstants(),
             "_centers": {}, "_loaded": None, "_quantiles": None, "_check_order": False, "_told_coarse": False,
             "_next_id": sum(len(group["params"]) for group in self.param_groups),
         }  # fmt: skip
@@ -974,11 +960,6 @@ def check_counting(start: int, every: int) -> None:
         raise ValueError(f"start = {start}: must be at least 0")
     if every < 1:
         raise ValueError(f"every = {every}: must be at least 1")
-
-
-def _is_capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream; asks nothing of CUDA where it is not in use."""
-    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
 
 
 def _share_noise(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -102,8 +102,8 @@ class SGNHT(Sampler):
         still = lr == 0  # thermostats rest
         if isinstance(group["temperature"], Tensor):
             still = still | (temperature == 0)
-        zero = self._on(lr.device, 0.0)
-        return lr, sigma, torch.where(still, zero, gain), torch.where(still, zero, self._on(lr.device, rate))
+        zero = self._constants.on(lr.device, 0.0)
+        return lr, sigma, torch.where(still, zero, gain), torch.where(still, zero, self._constants.on(lr.device, rate))
 
     def _thermostat_of(self, group: dict[str, Any]) -> Tensor:
         """Each chain's mu, float64 (chains,) on the device of the group's first parameter."""

@@ -38,6 +38,11 @@ def _train(sampler, parameters, steps, lrs=None):
         sampler.step()
 
 
+def _pretend_to_capture(patch):
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        patch.setattr(torch.cuda, name, lambda: True)
+
+
 SETTINGS = {"num_data": 37, "temperature": 0.7, "prior_precision": 0.3, "seed": 2**63 + 11, "nonfinite": "record"}
 
 
@@ -105,17 +110,17 @@ def test_a_graph_keeps_the_constants_that_it_reads(monkeypatch):
     _train(sampler, parameters, range(2))
     group = sampler.param_groups[0]
     with monkeypatch.context() as patch:
-        patch.setattr("bkd_fast.samplers.sampler._is_capturing", lambda: True)
+        _pretend_to_capture(patch)
         sampler.step()
         group["temperature"] = 0.123  # written by the graph itself, into memory of its own
         sampler.step()
-    held = {float(constant): constant for constant in sampler._in_graphs}
+    held = {float(constant): constant for constant in sampler._constants._in_graphs}
     assert {0.7, 37.0} <= {*held} and 0.123 not in held
     memory = held[0.7].data_ptr()
     for step in range(100):
         group["temperature"] = 1 + step / 100
         _train(sampler, parameters, [step])
-    assert len(sampler._constants) <= 64 and held[0.7].data_ptr() == memory and float(held[0.7]) == 0.7
+    assert len(sampler._constants._kept) <= 64 and held[0.7].data_ptr() == memory and float(held[0.7]) == 0.7
 
 
 def test_schedulers_fill_the_learning_rate_in_place():
@@ -243,7 +248,7 @@ def test_a_gradient_on_another_device_is_refused_before_anything_moves():
 @pytest.fixture
 def capturing(monkeypatch):
     """As if a CUDA graph were being captured."""
-    monkeypatch.setattr("bkd_fast.samplers.sampler._is_capturing", lambda: True)
+    _pretend_to_capture(monkeypatch)
 
 
 def test_a_capture_needs_a_capturable_sampler(capturing):
@@ -260,7 +265,7 @@ def test_a_capture_needs_a_step_with_the_same_parameters_before(monkeypatch):
     sampler = bkd.SGLD(parameters, 0.1, capturable=True, **SETTINGS)
     parameters[0].grad = torch.ones(7)
     sampler.step()
-    monkeypatch.setattr("bkd_fast.samplers.sampler._is_capturing", lambda: True)
+    _pretend_to_capture(monkeypatch)
     sampler.step()  # the same parameters
     before = [p.detach().clone() for p in parameters]
     with pytest.raises(RuntimeError, match="take one step with the same parameters before capturing"):
