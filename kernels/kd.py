@@ -10,6 +10,7 @@ A top-k teacher (kd_topk.py) is never written out: a row is read without it.
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -365,6 +366,7 @@ class Shape(NamedTuple):
     warps: int
 
 
+@cache  # Triton's own arithmetic costs the host microseconds a call
 def shape_of(classes: int, bits: int, plain: bool) -> Shape | None:
     """The launch for rows of `classes` whose widest stored element has `bits`; None: they need tiles. `plain`: there are student
     and teacher logits alone, and two exponentials serve energy and gradient.
@@ -393,12 +395,14 @@ def shape_of(classes: int, bits: int, plain: bool) -> Shape | None:
     return Shape(1, block, triton.cdiv(classes, block), warps)
 
 
+@cache
 def mixture_shape(classes: int, double: bool) -> tuple[int, int]:
     """Columns of a tile and warps of `mixture`: 8 columns per thread, in float64 2; its log-gammas always are float64."""
     block = min(max(128, triton.next_power_of_2(classes)), MIXTURE_TILE // (4 if double else 1))
     return block, max(1, block // (64 if double else 256))
 
 
+@cache
 def named_width(top: int, rows: int, warps: int) -> int:
     """The named classes of a top-k teacher that a program takes at once: 8 per thread at most, and 1 in the largest programs,
     which have no registers to spare."""
@@ -502,7 +506,7 @@ def energy_and_gradient(
                     BLOCK=TILE // 2 if double else TILE, num_warps=TILE_WARPS,
                 )  # fmt: skip
             else:
-                blocks = triton.cdiv(rows, shape.rows)
+                blocks = -(-rows // shape.rows)
                 on_chip[(chains * blocks,)](
                     *inputs, *named, gradient, energy, rows, blocks, ignore_index, *settings, **kinds, **forms,
                     PRIOR=PRIORS[prior], BY_LABEL=teacher_by_label, TOP=top, WIDTH=named_width(top, shape.rows, shape.warps),

@@ -254,7 +254,7 @@ def settle(
     """
     count, rows = energy.numel(), energy.shape[1]
     double = energy.dtype == torch.float64
-    chunks = triton.cdiv(count, CHUNK)
+    chunks = -(-count // CHUNK)
     total = torch.empty((), dtype=energy.dtype, device=energy.device)
     parts = total if chunks == 1 else torch.empty(chunks, dtype=torch.float64, device=energy.device)
     whole = number_of(1.0 if factor is None else factor, double)
@@ -274,6 +274,6 @@ def multiply_(gradient: Tensor, incoming: Tensor, divisor: float) -> None:
     """gradient *= incoming / divisor in place, for a 0-dim tensor `incoming`: where that is 1, as for a loss that is
     differentiated itself, a launch and no traffic. Nothing waits for the device."""
     block = 2048
-    programs = min(triton.cdiv(gradient.numel(), block), 2048)  # enough to fill a GPU, few enough to be gone at once
+    programs = min(-(-gradient.numel() // block), 2048)  # enough to fill a GPU, few enough to be gone at once
     with on_device_of(gradient):
         multiply[(programs,)](gradient, incoming, gradient.numel(), divisor, BLOCK=block, num_warps=4)

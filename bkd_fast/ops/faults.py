@@ -180,6 +180,8 @@ class Register:
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):  # the first use may be inside: the word would be read-only for ever
             self.word = torch.zeros(1, dtype=torch.int64, device=device)
+        if self.word.is_cuda:  # once: kernels of any stream write to it from now on
+            torch.cuda.current_stream(device).synchronize()
         self.calls = 0
         self._last: dict[str, tuple[weakref.ref[Tensor], int]] = {}
         self._ignore_index, self._teacher_by_label = -100, False

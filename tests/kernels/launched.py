@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import bkd_fast as bkd
-import bkd_fast.kernels.predictive as kernels
+import bkd_fast.kernels.kd as kd_kernels
+import bkd_fast.kernels.predictive as predictive_kernels
 from bkd_fast.errors import KernelError
 from bkd_fast.kernels.launching import on_device_of
 from bkd_fast.ops import registry
@@ -57,6 +58,10 @@ class _Driver:
         return GPUTarget("cuda", 90, 32)
 
 
+def _compilations(kernel):
+    return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+
 def noise():
     for size in (1, 1023, 4096):
         bkd.noise.normal((size,), seed=2**64 - 1, step=2**40, device="cpu")
@@ -90,6 +95,11 @@ def kd():
         z = torch.zeros(3, 1000, requires_grad=True)
         top = bkd.TopKLogits(torch.zeros(3, 4), torch.arange(4).repeat(3, 1), torch.zeros(3))
         bkd.KDLoss(0.5, 2.0)(z, torch.tensor([0, 1, 2]), top).backward()
+    before = _compilations(kd_kernels.on_chip)
+    for rows in (1, 2, 16, 1000):
+        z = torch.zeros(rows, 10, requires_grad=True)
+        bkd.KDLoss(0.3, 2.0)(z, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 10)).backward()
+    assert _compilations(kd_kernels.on_chip) == before, "another number of rows, or strength, is no reason to compile"
 
 
 def predictive():
@@ -99,10 +109,7 @@ def predictive():
             posterior.choose_classes_by(torch.zeros(5, 10))
         for draws, rows in ((1, [0, 1]), (33, [0, 1, 2, 3, 4])):
             posterior.update_logits(torch.zeros(draws, len(rows), 10), rows=torch.tensor(rows))
-    variants = [len(cache[0]) for cache in kernels.update_tiles.device_caches.values()]
-    assert variants == [2], (
-        f"{variants} compilations of update_tiles: one with a histogram, one without, for any rows and draws"
-    )
+    assert _compilations(predictive_kernels.update_tiles) == 2, "with a histogram and without, for any rows and draws"
 
 
 def head():
