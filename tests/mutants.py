@@ -27,6 +27,7 @@ SGLD_TESTS, LAW_TESTS, CHAIN_TESTS, CAPTURABLE_TESTS, SIXTEEN_TESTS, PSGLD_TESTS
         "sgld", "laws", "chains", "capturable", "sixteen_bits", "psgld", "family_state", "step_in_backward", "cyclical",
     )
 )  # fmt: skip
+LAYOUT_TESTS = "tests/samplers/test_layout.py"
 NOISE_TESTS, STEP_TESTS, RULE_TESTS, ROUNDING_TESTS = (
     f"tests/ops/test_{name}.py" for name in ("noise", "langevin", "rules", "rounding")
 )
@@ -44,8 +45,8 @@ class Mutant:
 SIGMA = "return lr, m.sqrt(2 * lr * temperature / num_data)"
 DECAY = 'decay = group["weight_decay"] or group["prior_precision"] / group["num_data"]'
 SAVED_STATES = 'for name in ("mean", "m2", "master", *self.states):'
-SAVED = 'return {**saved, "state": states}'
-LOST = 'groups = [{**g, "%s": %s} for g in saved["param_groups"]]\n        return {"state": states, "param_groups": groups}'
+SAVED = 'saved = {**saved, "state": states}'
+LOST = 'saved = {"state": states, "param_groups": [{**g, "%s": %s} for g in saved["param_groups"]]}'
 LAW = f"{SGLD_TESTS}::test_exact_finite_time_law"
 EQUATION = f"{SGLD_TESTS}::test_one_step_is_the_stated_equation"
 EQUATIONS = f"{LAW_TESTS}::test_steps_are_the_stated_equation"
@@ -65,22 +66,30 @@ MUTANTS = [
     Mutant("prior mean ignored", SAMPLER, "center=self._prior_means_of(group, launch)", "center=[]", LAW),
     Mutant("prior counted twice", SAMPLER, "decay=sign * decay", "decay=2 * sign * decay", LAW),
     Mutant("maximising turns the prior round", SAMPLER, "decay=sign * decay", "decay=decay", f"{SGLD_TESTS}::test_temperature_zero_is_sgd_bit_for_bit"),
-    Mutant("same noise in two tensors", SAMPLER, 'parameters=[group["parameter_ids"][index] for', "parameters=[0 for", f"{SGLD_TESTS}::test_one_step_law"),
+    Mutant("same noise in two tensors", SAMPLER, "parameters=launch.parameters", "parameters=[0] * len(launch.parameters)", f"{SGLD_TESTS}::test_one_step_law"),
     Mutant("same noise on two steps", SAMPLER, 'group["step"] += 1', 'group["step"] += 0', f"{SGLD_TESTS}::test_one_step_law"),
     Mutant("numbering restarts in each group", SAMPLER, "list(range(self._next_id, self._next_id + len", "list(range(0, len", f"{SGLD_TESTS}::test_groups_keep_numbering_across_add_param_group"),
     Mutant("gradient mutated", SAMPLER, "        sign = -1.0", "        [g.mul_(1 + decay) for g in launch.gradient]\n        sign = -1.0", f"{SGLD_TESTS}::test_parameters_move_in_place_and_gradients_do_not_change"),
     Mutant("parameter rebound", LAYOUT, "        launch.theta.append(parameter)\n", "        parameter.data = parameter.data.clone()\n        launch.theta.append(parameter)\n", f"{SGLD_TESTS}::test_parameters_move_in_place_and_gradients_do_not_change"),
     Mutant("autograd is not told", LAYOUT, "torch.autograd.graph.increment_version(self.theta)", "pass", f"{SGLD_TESTS}::test_autograd_notices_the_change"),
+    Mutant("gradients held after the step", LAYOUT, "replace(launch, gradient=[], ", "replace(launch, ", f"{LAYOUT_TESTS}::test_gradients_are_not_held"),
+    Mutant("a replaced parameter not seen", LAYOUT, " or not all(map(is_, params, self._params))", "", f"{LAYOUT_TESTS}::test_a_change_between_steps_is_noticed"),
+    Mutant("a parameter's new memory not seen", LAYOUT, "return addresses == self._addresses and", "return", f"{LAYOUT_TESTS}::test_another_memory_has_another_identity"),
+    Mutant("another gradient order not seen", LAYOUT, "[*map(order, theta), *map(order, gradient)]", "[*map(order, theta)]", f"{LAYOUT_TESTS}::test_a_gradient_in_another_order_is_followed"),
+    Mutant("gradients that come and go not seen", LAYOUT, "if len(theta) < len(params) and", "if False and", f"{LAYOUT_TESTS}::test_gradients_that_come_and_go_are_followed"),
+    Mutant("a replaced state not seen", LAYOUT, "same = all(map(is_, [tensor() for tensor in kept], lists[name]))", "same = True", f"{LAYOUT_TESTS}::test_a_change_between_steps_is_noticed"),
+    Mutant("a state held after the step", LAYOUT, "list(map(ref, tensors)), tuple", "[lambda t=t: t for t in tensors], tuple", f"{LAYOUT_TESTS}::test_the_state_is_not_held"),
+    Mutant("freed memory not seen", LAYOUT, "if address == 0 and tensor.numel():", "if False:", f"{LAYOUT_TESTS}::test_freed_memory_is_refused_before_anything_moves"),
     Mutant("step lost in state_dict", SAMPLER, SAVED, LOST % ("step", 0), f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("seed lost in state_dict", SAMPLER, SAVED, LOST % ("seed", 0), f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("fp32 moments cast to bf16 on load", SAMPLER, SAVED_STATES, 'for name in ("master", *self.states):', f"{SGLD_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("draws counted once per tensor", SAMPLER, "        mean, m2 = self._moments_of(group, launch) if collects", "        collects = collects and self._collects(group)\n        mean, m2 = self._moments_of(group, launch) if collects", f"{SGLD_TESTS}::test_moments_are_those_of_the_visited_parameters"),
-    Mutant("frozen noise in a replayed graph", SAMPLER, 'self._clocks[index] += (group["lr"] != 0).any()', 'self._clocks[index] += 0', f"{CAPTURABLE_TESTS}::test_steps_equal_those_of_a_plain_sampler"),
+    Mutant("frozen noise in a replayed graph", SAMPLER, 'moves = group["lr"] != 0', 'moves = group["lr"] != group["lr"]', f"{CAPTURABLE_TESTS}::test_steps_equal_those_of_a_plain_sampler"),
     Mutant("a graph's noise scale forgets the temperature", SAMPLER, "self._numbers(group, lr, temperature, num_data, step, torch)", "self._numbers(group, lr, 0 * temperature + 1, num_data, step, torch)", f"{CAPTURABLE_TESTS}::test_steps_equal_those_of_a_plain_sampler"),
     Mutant("a skipped step uses up noise", SAMPLER, "            self.skipped_steps += 1\n", '            self.skipped_steps += 1\n            self.param_groups[0]["step"] += 1\n', f"{SGLD_TESTS}::test_skip_moves_nothing_and_does_not_use_up_noise"),
     Mutant("the settings are not looked at again", SAMPLER, "            self._check_changes(index, group)\n            for launch in", "            for launch in", f"{SGLD_TESTS}::test_a_setting_broken_later_is_seen_before_anything_moves"),
-    Mutant("warm start is noisy", "bkd_fast/sampling.py", "with _Temperature(self.sampler, 0.0):", "with _Temperature(self.sampler, 1.0):", "tests/test_sampling.py::test_warm_start_ends_exactly_where_sgd_ends"),
-    Mutant("noise share without the metric", "bkd_fast/energy.py", "(metric * torch.stack(found)", "(torch.stack(found)", "tests/test_sampling.py::test_noise_share_weighs_the_variance_by_the_metric"),
+    Mutant("warm start is noisy", "bkd_fast/sampling.py", "            group[\"temperature\"] = 0.0\n", "            group[\"temperature\"] = 1.0\n", "tests/test_sampling.py::test_warm_start_ends_exactly_where_sgd_ends"),
+    Mutant("noise share without the metric", "bkd_fast/energy.py", "here = metric * coordinates", "here = coordinates", "tests/test_sampling.py::test_noise_share_weighs_the_variance_by_the_metric"),
     Mutant("curvature without the prior's", "bkd_fast/step_size.py", " + decay * d", "", "tests/test_step_size.py::test_limited_by_the_gradient_noise"),
     Mutant("noise scaled before lr instead of after", ELEMENT, "e.theta = fma(n.sigma, noise, sgld_drift(e.theta, g, n.minus_lr));", "e.theta = sgld_drift(e.theta, fma(n.sigma, noise, g), n.minus_lr);", LAW),
     Mutant("noise 0.5 % too large, in the vector kernel", STEP, "set1((float)-given.lr), set1((float)given.sigma), {}", "set1((float)-given.lr), set1(1.005f * (float)given.sigma), {}", LAW),
@@ -100,7 +109,7 @@ MUTANTS = [
     Mutant("momentum's noise without the dampening", SGHMC, "2 * (1 - mu) * share", "2 * (1 - mu)", MOMENTUM_LAW),
     Mutant("momentum's noise not over lr", SGHMC, "/ (lr * num_data)), mu", "/ num_data), mu", MOMENTUM_LAW),
     Mutant("momentum's noise with N twice", SGHMC, "/ (lr * num_data)), mu", "/ (lr * num_data**2)), mu", MOMENTUM_LAW),
-    Mutant("the first step is dampened", SGHMC, "if not (dampened and born):", "if True:", "tests/samplers/test_sghmc.py::test_temperature_zero_is_sgd_with_momentum_bit_for_bit"),
+    Mutant("the first step is dampened", SGHMC, "if not born:", "if True:", "tests/samplers/test_sghmc.py::test_temperature_zero_is_sgd_with_momentum_bit_for_bit"),
     Mutant("momentum cast to bf16 on load", SAMPLER, SAVED_STATES, 'for name in ("mean", "m2", "master"):', f"{STATE_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("a momentum lost in state_dict", SAMPLER, SAVED, LOST % ("momentum", 0.5), f"{STATE_TESTS}::test_a_resumed_chain_equals_the_uninterrupted_one"),
     Mutant("drawn momenta forget the temperature", SGHMC, "torch.sqrt(share * temperature / (lr", "torch.sqrt(share / (lr", f"{LAW_TESTS}::test_drawn_momenta_have_their_stationary_law"),
