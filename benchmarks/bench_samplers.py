@@ -53,6 +53,27 @@ def test_bytes(benchmark, threads, show, elements):
 
 
 @pytest.mark.filterwarnings("ignore:another live sampler")
+@pytest.mark.parametrize(("tensors", "elements"), [(161, 64), (6, 1000)])
+def test_host_time(benchmark, threads, show, tensors, elements):
+    """Small tensors, where what the host does for each is what takes time."""
+    contenders = {}
+    for name, (sampler_class, settings) in SAMPLERS.items():
+        sampler = sampler_class([_parameter(elements) for _ in range(tensors)], **SETTINGS, **settings)
+        contenders[name] = lambda _, s=sampler: s.step()
+    for name, make, own in (
+        ("SGD fused", torch.optim.SGD, {}),
+        ("SGD momentum fused", torch.optim.SGD, {"momentum": 0.9}),
+        ("Adam fused", torch.optim.Adam, {}),
+    ):
+        optimizer = make([_parameter(elements) for _ in range(tensors)], 1e-3, fused=True, **own)
+        contenders[name] = lambda _, o=optimizer: o.step()
+    table = Table(f"a step's host time, {threads} thread{'s' * (threads > 1)}", "step")
+    table.time(f"{tensors} tensors of {elements}", contenders, 1, seconds=5.0)
+    show(table)
+    benchmark.pedantic(contenders["SGLD"], args=(0,), rounds=5)
+
+
+@pytest.mark.filterwarnings("ignore:another live sampler")
 def test_chains(benchmark, threads, show):
     """64 chains of a small network: the samplers' steps alone, and with forward and backward passes."""
     chains, layers = 64, (20, 32, 32, 5)

@@ -25,8 +25,7 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
             name = _being_compiled(error.__traceback__)
             if name is None:
                 raise
-            major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
-            where = f"sm_{major}{minor}" if tensor.is_cuda else str(tensor.device)
+            where = "sm_{}{}".format(*torch.cuda.get_device_capability(tensor.device)) if tensor.is_cuda else "a CPU"
             raise KernelError(f"the Triton kernel {name} was not compiled for {where}: {error}") from error
 
 

@@ -51,7 +51,7 @@ def _compiled_sgld(parameters: list[nn.Parameter], sigma: float) -> Run:
             tensor.add_(gradient, alpha=-LR)
             tensor.add_(torch.randn_like(tensor), alpha=sigma)
 
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # or the limit of recompilations ends in eager
     compiled = torch.compile(step, dynamic=False)
     tensors = [parameter.detach() for parameter in parameters]
     return lambda _: compiled(tensors, [p.grad for p in parameters])

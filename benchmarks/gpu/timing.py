@@ -11,9 +11,8 @@ Run = Callable[[int], object]
 
 LEAST_SECONDS = 1e-3  # of one reading: below it, events' resolution shows
 LEAST_LOOPS = 3
-BUSY_CYCLES = (
-    2_000_000  # a millisecond in which the host gets ahead, so that its gap before a first launch is not the device's
-)
+# a millisecond in which the host gets ahead, so that its gap before a first launch is not the device's
+BUSY_CYCLES = 2_000_000
 
 
 @dataclass

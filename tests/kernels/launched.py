@@ -134,7 +134,7 @@ def refused():
     for kernel, message in ((_broken, "no_such_name is not defined"), (_asserting, "not today")):
         name = kernel.__name__
         with (
-            pytest.raises(KernelError, match=rf"the Triton kernel {name} was not compiled for cpu: (?s:.*){message}"),
+            pytest.raises(KernelError, match=rf"the Triton kernel {name} was not compiled for a CPU: (?s:.*){message}"),
             on_device_of(x),
         ):
             kernel[(1,)](x)
